@@ -1,0 +1,107 @@
+// quantize: rows of x → codes and scales, blocks along the rows; one unit of a block an invocation.
+// Layout:   x[rows, cols] · codes[rows, blocks · BLOCK · BITS/32 words] · scales[rows, blocks bytes], tight
+// Numerics: integer-only; bit-exact with the twin, NaN, ±0 and subnormals included. OCP MX v1.0, section 6.3.
+// Dispatch: ceil(rows · blocks · BLOCK / UNIT / WG) workgroups, spread over x and y
+// Twin:     src/kernels/quantize.rs
+
+struct Params {
+    rows: u32,              // of x, in this dispatch
+    cols: u32,              // logical
+    blocks: u32,            // of a row, the last one padded
+    x_offset: u32,          // elements before the first row
+    codes_offset: u32,      // words before the first row
+    scales_offset: u32,     // words before the first row
+    carry: u32,             // the scale rule, see scale_from_amax
+    tensor_scale: u32,      // f32 bits, or 0: from the amax in `state`
+    key: vec4<u32>,         // of the random numbers
+    counter: vec2<u32>,     // of the first row's first group
+    groups: u32,            // random groups of a row, ceil(cols / 8)
+}
+
+// What the host can ask about afterwards: [0] blocks with NaN or infinity, [1] the tensor's amax (an input),
+// [2] its scale (written here), both NVFP4's and f32 bits.
+@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(1) var<storage, read> x: array<XWord>;
+@group(0) @binding(2) var<storage, read_write> codes: array<u32>;
+@group(0) @binding(3) var<storage, read_write> scales: array<u32>;
+@group(0) @binding(4) var<storage, read_write> state: array<atomic<u32>>;
+
+const LANES = BLOCK / UNIT;                 // invocations of a block
+const WG_BLOCKS = WG / LANES;
+
+var<workgroup> wg_scales: array<u32, WG_BLOCKS>;
+
+// Eight elements from column `col` on; zero beyond the row.
+fn load_row(row: u32, col: u32, unit: u32) -> array<u32, 8> {
+    if (CONTIGUOUS) { return load8(p.x_offset + unit * 8u); }
+    var v = array<u32, 8>();
+    if (col + 8u <= p.cols) { return load8(p.x_offset + row * p.cols + col); }
+    for (var j = 0u; j < 8u; j++) {
+        if (col + j < p.cols) { v[j] = load1(p.x_offset + row * p.cols + col + j); }
+    }
+    return v;
+}
+
+@compute @workgroup_size(WG)
+fn main(in: Invocation) {
+    let lane = invocation_lane(in);
+    let first = (in.wg.y * in.wgs.x + in.wg.x) * WG;
+    let unit = first + lane;
+    let units = p.blocks * LANES;           // of a row
+    let live = unit < p.rows * units;
+    var row = 0u;
+    var col = 0u;
+    if (!CONTIGUOUS) {
+        row = unit / units;
+        col = (unit - row * units) * UNIT;
+    }
+
+    var a = array<u32, 8>();
+    var b = array<u32, 8>();
+    if (live) {
+        a = load_row(row, col, unit * (UNIT / 8u));
+        if (UNIT == 16u) { b = load_row(row, col + 8u, unit * 2u + 1u); }
+    }
+    let amax = block_amax(max(amax8(a), amax8(b)), lane);
+
+    var ts = p.tensor_scale;
+    if (TENSOR_SCALED) {
+        if (ts == 0u) { ts = tensor_scale_from_amax(atomicLoad(&state[1])); }
+        if (unit == 0u) { atomicStore(&state[2], ts); }
+    }
+    let scale = scale_from_amax(amax, p.carry, ts);
+    if (lane % LANES == 0u) {
+        wg_scales[lane / LANES] = select(0u, scale, live);
+        if (live && scale == SCALE_NAN) { atomicAdd(&state[0], 1u); }
+    }
+
+    if (live) {
+        let at = p.codes_offset + unit * UNIT_WORDS;
+        if (scale == SCALE_NAN) {
+            for (var i = 0u; i < UNIT_WORDS; i++) { codes[at + i] = 0u; }
+        } else {
+            var group = unit * (UNIT / 8u);
+            if (STOCHASTIC && !CONTIGUOUS) { group = row * p.groups + col / 8u; }
+            var r = vec4<u32>();
+            if (STOCHASTIC) { r = threefry_group(p.counter, group, p.key); }
+            let low = pack8(encode8(a, scale, ts, r));
+            codes[at] = low.x;
+            if (BITS == 8u) { codes[at + 1u] = low.y; }
+            if (UNIT == 16u) {
+                if (STOCHASTIC) { r = threefry_group(p.counter, group + 1u, p.key); }
+                let high = pack8(encode8(b, scale, ts, r));
+                codes[at + 1u] = low.y | (high.x << 16u);
+                codes[at + 2u] = (high.x >> 16u) | (high.y << 16u);
+            }
+        }
+    }
+
+    workgroupBarrier();
+    if (lane < WG_BLOCKS / 4u) {
+        let block = first / LANES + lane * 4u;
+        if (block < p.rows * p.blocks) {
+            scales[p.scales_offset + block / 4u] = wg_scales[lane * 4u] | (wg_scales[lane * 4u + 1u] << 8u) |
+                (wg_scales[lane * 4u + 2u] << 16u) | (wg_scales[lane * 4u + 3u] << 24u);
+        }
+    }
+}

@@ -1,0 +1,558 @@
+//! The two engines: a [`Context`] is a GPU through wgpu, or the CPU.
+//!
+//! Kernels are recorded into a [`Stream`]. On a GPU that encodes a dispatch; on the CPU it runs the kernel's
+//! twin at once. Either way the result is there after [`Context::submit`], and the same.
+
+pub mod buffer;
+pub mod caps;
+pub(crate) mod gpu;
+pub mod shader;
+
+use std::sync::Arc;
+
+use buffer::{CHUNK_ROWS, DType, DeviceMxTensor, Tensor};
+use caps::Caps;
+use gpu::Gpu;
+use shader::Kernel;
+
+use crate::formats::{Axis, Layout, MxSpec, MxTensor, ScaleFormat};
+use crate::{Error, Result};
+
+/// Which device to open.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The best hardware adapter; the CPU engine where there is none. Software adapters are not chosen: the CPU
+    /// engine is faster.
+    #[default]
+    Auto,
+    /// The CPU engine.
+    Cpu,
+    /// The best adapter, a software one if need be; an error where there is none.
+    Gpu,
+    /// The first adapter whose name contains this, whatever its case.
+    Named(String),
+}
+
+impl std::str::FromStr for DeviceChoice {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> std::result::Result<Self, Self::Err> {
+        Ok(match text {
+            "auto" => DeviceChoice::Auto,
+            "cpu" => DeviceChoice::Cpu,
+            "gpu" => DeviceChoice::Gpu,
+            name => DeviceChoice::Named(name.into()),
+        })
+    }
+}
+
+/// How to open a [`Context`].
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Which device.
+    pub device: DeviceChoice,
+    /// Do without these features even if the adapter has them: to test, or to work around a driver.
+    pub without: wgpu::Features,
+    /// Bind at most this many bytes at once; by default what the adapter allows.
+    pub max_binding: Option<u64>,
+    /// Ask for the graphics API's validation layers (slow; messages go to `log`).
+    pub validation: bool,
+}
+
+/// An engine: a GPU or the CPU. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Context {
+    engine: Arc<Engine>,
+}
+
+#[derive(Debug)]
+pub(crate) enum Engine {
+    Cpu,
+    Gpu(Gpu),
+}
+
+/// All adapters that wgpu finds.
+pub async fn adapters(validation: bool) -> Vec<wgpu::Adapter> {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    descriptor.backends = wgpu::Backends::PRIMARY;
+    descriptor.flags = if validation {
+        wgpu::InstanceFlags::VALIDATION | wgpu::InstanceFlags::DEBUG
+    } else {
+        wgpu::InstanceFlags::empty()
+    };
+    // wgpu hides adapters that are not fully conformant by their own word; SwiftShader is one.
+    descriptor.flags |= wgpu::InstanceFlags::ALLOW_UNDERLYING_NONCOMPLIANT_ADAPTER;
+    let instance = wgpu::Instance::new(descriptor);
+    let mut adapters = instance.enumerate_adapters(wgpu::Backends::PRIMARY).await;
+    adapters.sort_by_key(|adapter| match adapter.get_info().device_type {
+        wgpu::DeviceType::DiscreteGpu => 0,
+        wgpu::DeviceType::IntegratedGpu => 1,
+        wgpu::DeviceType::VirtualGpu => 2,
+        wgpu::DeviceType::Other => 3,
+        wgpu::DeviceType::Cpu => 4,
+    });
+    adapters
+}
+
+impl Context {
+    /// The CPU engine.
+    pub fn cpu() -> Context {
+        Context { engine: Arc::new(Engine::Cpu) }
+    }
+
+    /// Opens a device.
+    pub async fn open(options: &Options) -> Result<Context> {
+        if options.device == DeviceChoice::Cpu {
+            return Ok(Context::cpu());
+        }
+        let adapters = adapters(options.validation).await;
+        let chosen = adapters.iter().find(|adapter| {
+            let info = adapter.get_info();
+            match &options.device {
+                DeviceChoice::Auto => info.device_type != wgpu::DeviceType::Cpu,
+                DeviceChoice::Gpu => true,
+                DeviceChoice::Named(name) => {
+                    info.name.to_lowercase().contains(&name.to_lowercase())
+                }
+                DeviceChoice::Cpu => false,
+            }
+        });
+        match chosen {
+            Some(adapter) => Context::on_adapter(adapter, options).await,
+            None if options.device == DeviceChoice::Auto => Ok(Context::cpu()),
+            None => {
+                let names: Vec<_> = adapters.iter().map(|a| a.get_info().name).collect();
+                Err(Error::NoAdapter {
+                    wanted: match &options.device {
+                        DeviceChoice::Named(name) => name.clone(),
+                        _ => "gpu".into(),
+                    },
+                    available: if names.is_empty() {
+                        "none, besides the CPU engine (cpu)".into()
+                    } else {
+                        names.join(", ")
+                    },
+                })
+            }
+        }
+    }
+
+    /// Opens a device on this adapter, with all that the kernels can use and the adapter's own limits.
+    pub async fn on_adapter(adapter: &wgpu::Adapter, options: &Options) -> Result<Context> {
+        let mut limits = adapter.limits();
+        if let Some(bytes) = options.max_binding {
+            limits.max_storage_buffer_binding_size =
+                limits.max_storage_buffer_binding_size.min(bytes);
+        }
+        let (device, queue) = adapter
+            .request_device(&wgpu::DeviceDescriptor {
+                label: Some("microscaling"),
+                required_features: Caps::useful_features(adapter) - options.without,
+                required_limits: limits,
+                ..Default::default()
+            })
+            .await
+            .map_err(|error| Error::Gpu(format!("opening {}: {error}", adapter.get_info().name)))?;
+        Ok(Context::gpu(device, queue, adapter, true))
+    }
+
+    /// Works on the caller's device. Nothing is submitted or blocked on but by the functions that say so, and the
+    /// device's callbacks stay the caller's. [`Caps::useful_features`] says what to open the device with.
+    pub fn from_wgpu(device: wgpu::Device, queue: wgpu::Queue, adapter: &wgpu::Adapter) -> Context {
+        Context::gpu(device, queue, adapter, false)
+    }
+
+    fn gpu(
+        device: wgpu::Device,
+        queue: wgpu::Queue,
+        adapter: &wgpu::Adapter,
+        own: bool,
+    ) -> Context {
+        let gpu = Gpu::new(device, queue, Caps::probe(adapter), own);
+        Context { engine: Arc::new(Engine::Gpu(gpu)) }
+    }
+
+    pub(crate) fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// What the engine offers.
+    pub fn caps(&self) -> Caps {
+        match self.engine() {
+            Engine::Cpu => Caps::cpu(),
+            Engine::Gpu(gpu) => gpu.caps.clone(),
+        }
+    }
+
+    /// The device and queue, on a GPU.
+    pub fn wgpu(&self) -> Option<(&wgpu::Device, &wgpu::Queue)> {
+        match self.engine() {
+            Engine::Cpu => None,
+            Engine::Gpu(gpu) => Some((&gpu.device, &gpu.queue)),
+        }
+    }
+
+    /// How many rows of `row_bytes` go into one chunk.
+    pub(crate) fn chunk_rows(&self, what: &str, rows: usize, row_bytes: usize) -> Result<usize> {
+        let Engine::Gpu(gpu) = self.engine() else { return Ok(rows) };
+        let limit = gpu.max_binding;
+        let row_bytes = row_bytes.max(1) as u64;
+        if rows as u64 * row_bytes <= limit {
+            return Ok(rows);
+        }
+        let whole = (limit / row_bytes) as usize / CHUNK_ROWS * CHUNK_ROWS;
+        if whole == 0 {
+            return Err(Error::TooLarge {
+                what: format!("{CHUNK_ROWS} times {what}"),
+                bytes: row_bytes * CHUNK_ROWS as u64,
+                limit,
+            });
+        }
+        Ok(whole)
+    }
+
+    /// A dense tensor, zero.
+    pub fn zeros(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor> {
+        Tensor::new(self, dtype, rows, cols)
+    }
+
+    /// A packed tensor for a kernel to write, zero until then.
+    pub fn zeros_mx(
+        &self,
+        spec: MxSpec,
+        axis: Axis,
+        rows: usize,
+        cols: usize,
+    ) -> Result<DeviceMxTensor> {
+        DeviceMxTensor::new(self, spec, axis, rows, cols)
+    }
+
+    /// A dense tensor from little-endian bytes, row-major.
+    pub fn upload(&self, dtype: DType, rows: usize, cols: usize, data: &[u8]) -> Result<Tensor> {
+        let mut tensor = Tensor::new(self, dtype, rows, cols)?;
+        if data.len() != tensor.bytes() {
+            return Err(Error::Mismatch {
+                operation: "upload",
+                problem: format!(
+                    "{} bytes, but [{rows}, {cols}] of {dtype} has {}",
+                    data.len(),
+                    tensor.bytes()
+                ),
+            });
+        }
+        tensor.data.write(self, data)?;
+        Ok(tensor)
+    }
+
+    /// A packed tensor from the host's.
+    pub fn upload_mx(&self, tensor: &MxTensor) -> Result<DeviceMxTensor> {
+        let Layout { spec, axis, rows, cols } = *tensor.layout();
+        let mut device = DeviceMxTensor::new(self, spec, axis, rows, cols)?;
+        device.codes.write(self, tensor.codes())?;
+        device.scales.write(self, tensor.scales())?;
+        let state = [0, 0, tensor.tensor_scale().to_bits(), 0];
+        device.state.write(self, bytemuck::cast_slice(&state))?;
+        Ok(device)
+    }
+
+    /// Reads a dense tensor's bytes. Submits a copy and waits for it; on native systems the future polls the
+    /// device whenever it is polled.
+    pub async fn read(&self, tensor: &Tensor) -> Result<Vec<u8>> {
+        tensor.data.read(self).await
+    }
+
+    /// Reads a packed tensor; waits as [`Context::read`].
+    pub async fn read_mx(&self, tensor: &DeviceMxTensor) -> Result<MxTensor> {
+        let codes = tensor.codes.read(self).await?;
+        let scales = tensor.scales.read(self).await?;
+        let scale = match tensor.layout.spec.scale {
+            ScaleFormat::E8M0 => 1.0,
+            ScaleFormat::E4M3 => f32::from_bits(self.read_state(tensor).await?[2]),
+        };
+        MxTensor::from_parts(tensor.layout, codes, scales, scale)
+    }
+
+    /// How many blocks of the tensor's last quantization held NaN or infinity (their scale is NaN, their codes
+    /// zero). Waits as [`Context::read`].
+    pub async fn nonfinite_blocks(&self, tensor: &DeviceMxTensor) -> Result<u32> {
+        Ok(self.read_state(tensor).await?[0])
+    }
+
+    async fn read_state(&self, tensor: &DeviceMxTensor) -> Result<[u32; 4]> {
+        let bytes = tensor.state.read(self).await?;
+        Ok(std::array::from_fn(|i| bytemuck::pod_read_unaligned(&bytes[4 * i..4 * i + 4])))
+    }
+
+    /// Starts recording.
+    pub fn stream(&self) -> Stream<'static> {
+        let target = match self.engine() {
+            Engine::Cpu => Target::Cpu,
+            Engine::Gpu(gpu) => {
+                let encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor {
+                    label: Some("mx.stream"),
+                });
+                Target::Own(Box::new(encoder))
+            }
+        };
+        Stream { ctx: self.clone(), target, params: Vec::new() }
+    }
+
+    /// Records into the caller's encoder, of this context's device. What was recorded is complete when the stream is
+    /// dropped; submitting the encoder is the caller's.
+    pub fn stream_onto<'a>(&self, encoder: &'a mut wgpu::CommandEncoder) -> Result<Stream<'a>> {
+        match self.engine() {
+            Engine::Cpu => Err(Error::Unsupported {
+                operation: "recording into an encoder".into(),
+                needs: "a GPU".into(),
+                has: "the context is the CPU engine".into(),
+            }),
+            Engine::Gpu(_) => Ok(Stream {
+                ctx: self.clone(),
+                target: Target::Caller(encoder),
+                params: Vec::new(),
+            }),
+        }
+    }
+
+    /// Submits what was recorded; does not wait. On the CPU engine it has run already.
+    pub fn submit(&self, mut stream: Stream<'static>) -> Result<()> {
+        stream.flush();
+        match (self.engine(), std::mem::replace(&mut stream.target, Target::Cpu)) {
+            (Engine::Gpu(gpu), Target::Own(encoder)) => gpu.checked("submit", 0, || {
+                gpu.queue.submit([encoder.finish()]);
+            }),
+            (_, Target::Caller(_)) => Err(Error::Mismatch {
+                operation: "submit",
+                problem: "the stream records into an encoder of the caller's".into(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits until everything submitted is done.
+    pub async fn wait(&self) -> Result<()> {
+        let Engine::Gpu(gpu) = self.engine() else { return Ok(()) };
+        let (sender, receiver) = futures_channel::oneshot::channel();
+        gpu.queue.on_submitted_work_done(move || {
+            // The receiver is gone only if the caller dropped the future.
+            let _ = sender.send(());
+        });
+        let done = gpu.wait(receiver).await;
+        gpu.check()?;
+        done.map_err(|_| Error::DeviceLost("work was cancelled".into()))
+    }
+}
+
+/// The blocking forms, for programs without an executor.
+#[cfg(not(target_arch = "wasm32"))]
+impl Context {
+    /// [`Context::open`], blocking.
+    pub fn open_blocking(options: &Options) -> Result<Context> {
+        pollster::block_on(Context::open(options))
+    }
+
+    /// [`Context::read`], blocking.
+    pub fn read_blocking(&self, tensor: &Tensor) -> Result<Vec<u8>> {
+        pollster::block_on(self.read(tensor))
+    }
+
+    /// [`Context::read_mx`], blocking.
+    pub fn read_mx_blocking(&self, tensor: &DeviceMxTensor) -> Result<MxTensor> {
+        pollster::block_on(self.read_mx(tensor))
+    }
+
+    /// [`Context::nonfinite_blocks`], blocking.
+    pub fn nonfinite_blocks_blocking(&self, tensor: &DeviceMxTensor) -> Result<u32> {
+        pollster::block_on(self.nonfinite_blocks(tensor))
+    }
+
+    /// [`Context::wait`], blocking.
+    pub fn wait_blocking(&self) -> Result<()> {
+        pollster::block_on(self.wait())
+    }
+}
+
+/// Threads that the CPU engine uses.
+pub(crate) fn cpu_threads() -> usize {
+    #[cfg(not(target_arch = "wasm32"))]
+    return rayon::current_num_threads();
+    #[cfg(target_arch = "wasm32")]
+    1
+}
+
+/// A recording. On a GPU it holds dispatches until it is submitted; on the CPU it runs them at once.
+#[derive(Debug)]
+pub struct Stream<'a> {
+    ctx: Context,
+    target: Target<'a>,
+    /// Uniform buffers being filled, mapped until the recording ends.
+    params: Vec<ParamArena>,
+}
+
+#[derive(Debug)]
+enum Target<'a> {
+    Cpu,
+    Own(Box<wgpu::CommandEncoder>),
+    Caller(&'a mut wgpu::CommandEncoder),
+}
+
+/// Parameters of many dispatches in one uniform buffer.
+#[derive(Debug)]
+struct ParamArena {
+    buffer: wgpu::Buffer,
+    bytes: Vec<u8>,
+}
+
+const ARENA_BYTES: usize = 1 << 16;
+
+impl Stream<'_> {
+    pub(crate) fn context(&self) -> &Context {
+        &self.ctx
+    }
+
+    /// The GPU that this stream records for, if any.
+    pub(crate) fn gpu(&self) -> Option<&Gpu> {
+        match self.ctx.engine() {
+            Engine::Cpu => None,
+            Engine::Gpu(gpu) => Some(gpu),
+        }
+    }
+
+    fn encoder(&mut self) -> Option<&mut wgpu::CommandEncoder> {
+        match &mut self.target {
+            Target::Cpu => None,
+            Target::Own(encoder) => Some(encoder),
+            Target::Caller(encoder) => Some(encoder),
+        }
+    }
+
+    /// Zeroes a buffer.
+    pub(crate) fn clear(&mut self, buffer: &wgpu::Buffer) {
+        if let Some(encoder) = self.encoder() {
+            encoder.clear_buffer(buffer, 0, None);
+        }
+    }
+
+    /// Records one dispatch of at least `groups` workgroups, spread over x and y, with `params` as the kernel's
+    /// `Params` and `buffers` as the bindings after it.
+    pub(crate) fn dispatch(
+        &mut self,
+        name: &str,
+        kernel: impl FnOnce() -> Kernel,
+        params: &[u32],
+        buffers: &[&wgpu::Buffer],
+        groups: u64,
+    ) -> Result<()> {
+        if groups == 0 {
+            return Ok(());
+        }
+        let ctx = self.ctx.clone();
+        let Engine::Gpu(gpu) = ctx.engine() else {
+            unreachable!("kernels dispatch on a GPU only");
+        };
+        let limits = gpu.device.limits();
+        let x = groups.min(u64::from(limits.max_compute_workgroups_per_dimension));
+        let y = groups.div_ceil(x);
+        if y > x {
+            return Err(Error::TooLarge {
+                what: format!("{name}: a dispatch of {groups} workgroups"),
+                bytes: groups,
+                limit: x * x,
+            });
+        }
+        let pipeline = gpu.pipeline(name, kernel)?;
+        let (arena, offset) = self.push_params(gpu, params)?;
+        let mut entries = vec![wgpu::BindGroupEntry {
+            binding: 0,
+            resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                buffer: &self.params[arena].buffer,
+                offset: offset as u64,
+                size: std::num::NonZeroU64::new(params.len().next_multiple_of(4) as u64 * 4),
+            }),
+        }];
+        entries.extend((1..).zip(buffers).map(|(binding, buffer)| wgpu::BindGroupEntry {
+            binding,
+            resource: buffer.as_entire_binding(),
+        }));
+        let bind_group = gpu.checked(name, 0, || {
+            gpu.device.create_bind_group(&wgpu::BindGroupDescriptor {
+                label: Some(name),
+                layout: &pipeline.layout,
+                entries: &entries,
+            })
+        })?;
+        let Some(encoder) = self.encoder() else { return Ok(()) };
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
+            label: Some(name),
+            timestamp_writes: None,
+        });
+        pass.set_pipeline(&pipeline.pipeline);
+        pass.set_bind_group(0, &bind_group, &[]);
+        pass.dispatch_workgroups(x as u32, y as u32, 1);
+        Ok(())
+    }
+
+    /// Puts parameters into an arena; returns which, and where.
+    fn push_params(&mut self, gpu: &Gpu, params: &[u32]) -> Result<(usize, usize)> {
+        let align = gpu.device.limits().min_uniform_buffer_offset_alignment as usize;
+        // A uniform's size is a multiple of 16.
+        let size = (params.len() * 4).next_multiple_of(16);
+        let full = self.params.last().is_none_or(|arena| arena.bytes.len() + size > ARENA_BYTES);
+        if full {
+            self.flush();
+            let buffer = gpu.checked("mx.params", ARENA_BYTES as u64, || {
+                gpu.device.create_buffer(&wgpu::BufferDescriptor {
+                    label: Some("mx.params"),
+                    size: ARENA_BYTES as u64,
+                    usage: wgpu::BufferUsages::UNIFORM,
+                    mapped_at_creation: true,
+                })
+            })?;
+            self.params.push(ParamArena { buffer, bytes: Vec::with_capacity(ARENA_BYTES) });
+        }
+        let index = self.params.len() - 1;
+        let arena = &mut self.params[index].bytes;
+        let offset = arena.len();
+        arena.extend_from_slice(bytemuck::cast_slice(params));
+        arena.resize((offset + size).next_multiple_of(align), 0);
+        Ok((index, offset))
+    }
+
+    /// Hands the parameters to the device.
+    fn flush(&mut self) {
+        for arena in self.params.drain(..) {
+            // A mapping fails only on a lost device, which the submission reports.
+            if let Ok(mut view) = arena.buffer.get_mapped_range_mut(..arena.bytes.len() as u64) {
+                view.copy_from_slice(&arena.bytes);
+            }
+            arena.buffer.unmap();
+        }
+    }
+}
+
+impl Drop for Stream<'_> {
+    fn drop(&mut self) {
+        self.flush();
+    }
+}
+
+impl Context {
+    /// Both tensors must live on this engine.
+    pub(crate) fn check_same(&self, a: &buffer::Rows, b: &buffer::Rows) -> Result<()> {
+        let on_gpu = |rows: &buffer::Rows| matches!(rows.store, buffer::Store::Gpu(_));
+        let gpu = matches!(self.engine(), Engine::Gpu(_));
+        if on_gpu(a) == gpu && on_gpu(b) == gpu {
+            return Ok(());
+        }
+        let name = |gpu| if gpu { "a GPU" } else { "the CPU engine" };
+        Err(Error::Mismatch {
+            operation: "record",
+            problem: format!(
+                "the stream is for {}, the tensors live on {} and {}",
+                name(gpu),
+                name(on_gpu(a)),
+                name(on_gpu(b))
+            ),
+        })
+    }
+}

@@ -1,0 +1,217 @@
+//! The probe: what an adapter offers, line by line, each with its reason.
+//!
+//! It separates what is easily confused: a wgpu feature from the hardware behind it, a data type that can be
+//! *converted* from one that can be *multiplied*, an extension from a usable configuration of it.
+
+#[cfg(not(target_arch = "wasm32"))]
+mod vulkan;
+
+/// What an adapter (or the CPU engine) offers.
+#[derive(Clone, Debug)]
+pub struct Caps {
+    /// The adapter's name, or `CPU`.
+    pub name: String,
+    /// Driver name and version.
+    pub driver: String,
+    /// `Vulkan`, `Metal`, `Dx12`, `BrowserWebGpu`, or `Cpu` for the CPU engine.
+    pub backend: String,
+    /// Whether the adapter runs on the CPU (llvmpipe, SwiftShader, WARP).
+    pub software: bool,
+    /// Smallest and largest subgroup, if the adapter has subgroup operations in compute shaders.
+    pub subgroups: Option<(u32, u32)>,
+    /// Everything probed, in order of interest.
+    pub lines: Vec<Capability>,
+}
+
+/// One line of the probe.
+#[derive(Clone, Debug)]
+pub struct Capability {
+    /// A stable name, e.g. `shader-f16`.
+    pub name: &'static str,
+    /// What was found.
+    pub state: State,
+    /// What it means, or why not.
+    pub reason: String,
+}
+
+/// The outcome of probing for one capability.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// There.
+    Yes,
+    /// Not there.
+    No,
+    /// This build or backend cannot tell.
+    Unknown,
+}
+
+impl std::fmt::Display for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            State::Yes => "yes",
+            State::No => "no",
+            State::Unknown => "unknown",
+        })
+    }
+}
+
+impl Capability {
+    fn new(name: &'static str, yes: bool, reason: impl Into<String>) -> Capability {
+        let state = if yes { State::Yes } else { State::No };
+        Capability { name, state, reason: reason.into() }
+    }
+
+    fn unknown(name: &'static str, reason: impl Into<String>) -> Capability {
+        Capability { name, state: State::Unknown, reason: reason.into() }
+    }
+}
+
+impl Caps {
+    /// What the CPU engine offers.
+    pub fn cpu() -> Caps {
+        let mut lines = vec![Capability::new(
+            "threads",
+            true,
+            format!("{} worker threads", super::cpu_threads()),
+        )];
+        #[cfg(target_arch = "x86_64")]
+        for (name, yes) in [
+            ("avx2", std::is_x86_feature_detected!("avx2")),
+            ("avx512bw", std::is_x86_feature_detected!("avx512bw")),
+        ] {
+            lines.push(Capability::new(name, yes, "by cpuid"));
+        }
+        lines.extend(native());
+        Caps {
+            name: "CPU".into(),
+            driver: format!("microscaling {}", env!("CARGO_PKG_VERSION")),
+            backend: "Cpu".into(),
+            software: true,
+            subgroups: None,
+            lines,
+        }
+    }
+
+    /// Probes an adapter; opens no device.
+    pub fn probe(adapter: &wgpu::Adapter) -> Caps {
+        let info = adapter.get_info();
+        let features = adapter.features();
+        let limits = adapter.limits();
+        let software = info.device_type == wgpu::DeviceType::Cpu;
+        let subgroups = features
+            .contains(wgpu::Features::SUBGROUP)
+            .then_some((info.subgroup_min_size, info.subgroup_max_size));
+        let mut lines = Vec::new();
+
+        lines.push(match subgroups {
+            Some((min, max)) => {
+                Capability::new("subgroups", true, format!("of {min} to {max} invocations"))
+            }
+            None => Capability::new(
+                "subgroups",
+                false,
+                "reductions go through workgroup memory, with the same bits",
+            ),
+        });
+        for (name, feature, yes, no) in [
+            (
+                "shader-f16",
+                wgpu::Features::SHADER_F16,
+                "f16 arithmetic in shaders",
+                "no f16 in shaders",
+            ),
+            (
+                "timestamps",
+                wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS,
+                "kernels are timed by the device",
+                "kernels are timed by the host's clock",
+            ),
+            (
+                "spirv-passthrough",
+                wgpu::Features::PASSTHROUGH_SHADERS,
+                "shaders that WGSL cannot express could be handed to the driver",
+                "only what WGSL expresses",
+            ),
+        ] {
+            let found = features.contains(feature);
+            lines.push(Capability::new(name, found, if found { yes } else { no }));
+        }
+
+        let matrices = adapter.cooperative_matrix_properties();
+        let has = features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
+        lines.push(Capability::new(
+            "cooperative-matrix",
+            has && !matrices.is_empty(),
+            if !has {
+                "wgpu offers no cooperative matrices here".to_string()
+            } else if matrices.is_empty() {
+                "the feature is there, but wgpu lists no configuration".to_string()
+            } else {
+                let list: Vec<_> = matrices
+                    .iter()
+                    .map(|m| {
+                        format!(
+                            "{}x{}x{} {:?}→{:?}",
+                            m.m_size, m.n_size, m.k_size, m.ab_type, m.cr_type
+                        )
+                    })
+                    .collect();
+                format!("through wgpu: {}", list.join(", "))
+            },
+        ));
+
+        #[cfg(not(target_arch = "wasm32"))]
+        lines.extend(vulkan::probe(adapter));
+        #[cfg(target_arch = "wasm32")]
+        lines.push(Capability::unknown("accelerated-dot4", "a browser does not say"));
+
+        lines.push(Capability::new(
+            "binding",
+            true,
+            format!(
+                "{} bytes at once, buffers of {} bytes; larger tensors are split",
+                limits.max_storage_buffer_binding_size, limits.max_buffer_size
+            ),
+        ));
+        lines.push(Capability::new(
+            "workgroup",
+            true,
+            format!(
+                "{} bytes of memory, {} invocations",
+                limits.max_compute_workgroup_storage_size,
+                limits.max_compute_invocations_per_workgroup
+            ),
+        ));
+        lines.extend(native());
+        Caps {
+            name: info.name,
+            driver: format!("{} {}", info.driver, info.driver_info).trim().to_string(),
+            backend: format!("{:?}", info.backend),
+            software,
+            subgroups,
+            lines,
+        }
+    }
+
+    /// The features that this crate's kernels use where an adapter has them. A host that opens the device
+    /// itself requests these for the fast variants; without them the kernels give the same bits.
+    pub fn useful_features(adapter: &wgpu::Adapter) -> wgpu::Features {
+        adapter.features()
+            & (wgpu::Features::SUBGROUP
+                | wgpu::Features::TIMESTAMP_QUERY
+                | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS)
+    }
+
+    /// The line called `name`.
+    pub fn get(&self, name: &str) -> Option<&Capability> {
+        self.lines.iter().find(|line| line.name == name)
+    }
+}
+
+/// Native routes to FP4 tensor cores.
+fn native() -> [Capability; 2] {
+    [
+        Capability::new("native-cuda", false, "not built in"),
+        Capability::new("native-hip", false, "not built in"),
+    ]
+}

@@ -1,0 +1,276 @@
+//! The GPU engine: a wgpu device and queue, allocation, transfer, and the pipeline cache.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::caps::Caps;
+use super::shader::{Binding, Kernel};
+use crate::{Error, Result};
+
+/// Transfers go through host memory in pieces of at most this size.
+const TRANSFER_BYTES: u64 = 64 << 20;
+
+/// A device, and what this crate keeps for it.
+#[derive(Debug)]
+pub(crate) struct Gpu {
+    pub(crate) device: wgpu::Device,
+    pub(crate) queue: wgpu::Queue,
+    pub(crate) caps: Caps,
+    /// The largest buffer that can be bound whole.
+    pub(crate) max_binding: u64,
+    pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
+    lost: Arc<Mutex<Option<String>>>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Pipeline {
+    pub(crate) pipeline: wgpu::ComputePipeline,
+    pub(crate) layout: wgpu::BindGroupLayout,
+}
+
+impl Gpu {
+    /// `own`: the device was opened by this crate, which may then listen for its loss.
+    pub(crate) fn new(device: wgpu::Device, queue: wgpu::Queue, caps: Caps, own: bool) -> Gpu {
+        let limits = device.limits();
+        // Shaders index words by u32, and bytes of scales too.
+        let max_binding = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size) & !3;
+        let lost = Arc::new(Mutex::new(None));
+        if own {
+            let lost = Arc::clone(&lost);
+            device.set_device_lost_callback(move |reason, message| {
+                *lost.lock().unwrap_or_else(PoisonError::into_inner) =
+                    Some(format!("{reason:?}: {message}"));
+            });
+        }
+        Gpu { device, queue, caps, max_binding, pipelines: Mutex::default(), lost }
+    }
+
+    /// An error if the device is known to be lost.
+    pub(crate) fn check(&self) -> Result<()> {
+        match &*self.lost.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(message) => Err(Error::DeviceLost(message.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// Runs `f` and returns what the API complained about meanwhile. In a browser complaints come later, and
+    /// are the page's uncaptured errors.
+    pub(crate) fn checked<T>(&self, what: &str, bytes: u64, f: impl FnOnce() -> T) -> Result<T> {
+        self.check()?;
+        let scopes = [
+            self.device.push_error_scope(wgpu::ErrorFilter::Internal),
+            self.device.push_error_scope(wgpu::ErrorFilter::Validation),
+            self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory),
+        ];
+        let value = f();
+        let mut error = None;
+        for scope in scopes.into_iter().rev() {
+            let popped = scope.pop();
+            #[cfg(not(target_arch = "wasm32"))]
+            {
+                error = error.or(pollster::block_on(popped));
+            }
+            #[cfg(target_arch = "wasm32")]
+            drop(popped);
+        }
+        // A loss makes the calls before it fail in other words.
+        self.check()?;
+        match error {
+            None => Ok(value),
+            Some(wgpu::Error::OutOfMemory { .. }) => {
+                Err(Error::OutOfMemory { what: what.into(), bytes })
+            }
+            Some(error) => Err(Error::Gpu(format!("{what}: {error}"))),
+        }
+    }
+
+    pub(crate) fn create_buffer(&self, what: &str, bytes: u64) -> Result<wgpu::Buffer> {
+        self.buffer(what, bytes, {
+            use wgpu::BufferUsages as Usage;
+            Usage::STORAGE | Usage::COPY_SRC | Usage::COPY_DST
+        })
+    }
+
+    fn buffer(&self, what: &str, bytes: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
+        self.checked(what, bytes, || {
+            self.device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some(what),
+                // A binding must not be empty, and copies go by words.
+                size: bytes.next_multiple_of(4).max(16),
+                usage,
+                mapped_at_creation: false,
+            })
+        })
+    }
+
+    /// Writes `data` to the start of `buffer`.
+    pub(crate) fn write(&self, buffer: &wgpu::Buffer, data: &[u8]) -> Result<()> {
+        let piece = TRANSFER_BYTES as usize;
+        for (i, part) in data.chunks(piece).enumerate() {
+            self.checked("upload", part.len() as u64, || {
+                let words = part.len() & !3;
+                let at = (i * piece) as u64;
+                self.queue.write_buffer(buffer, at, &part[..words]);
+                if words < part.len() {
+                    let mut last = [0; 4];
+                    last[..part.len() - words].copy_from_slice(&part[words..]);
+                    self.queue.write_buffer(buffer, at + words as u64, &last);
+                }
+                // wgpu holds written data back until the next submission: bound it.
+                if part.len() == piece {
+                    self.queue.submit([]);
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Appends the first `bytes` of `buffer` to `out`.
+    pub(crate) async fn read(
+        &self,
+        buffer: &wgpu::Buffer,
+        bytes: u64,
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let size = bytes.next_multiple_of(4).min(TRANSFER_BYTES);
+        let staging = self.buffer(
+            "mx.readback",
+            size,
+            wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+        )?;
+        let mut at = 0;
+        while at < bytes {
+            let part = (bytes - at).min(TRANSFER_BYTES);
+            let copied = part.next_multiple_of(4);
+            self.checked("readback", part, || {
+                let mut encoder = self.device.create_command_encoder(&Default::default());
+                encoder.copy_buffer_to_buffer(buffer, at, &staging, 0, copied);
+                self.queue.submit([encoder.finish()]);
+            })?;
+            let (sender, receiver) = futures_channel::oneshot::channel();
+            staging.map_async(wgpu::MapMode::Read, ..copied, move |result| {
+                // The receiver is gone only if the caller dropped the future.
+                let _ = sender.send(result);
+            });
+            match self.wait(receiver).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    self.check()?;
+                    return Err(Error::Gpu(format!("readback: {error}")));
+                }
+                Err(_) => {
+                    self.check()?;
+                    return Err(Error::DeviceLost("a readback was cancelled".into()));
+                }
+            }
+            let mapped = staging
+                .get_mapped_range(..copied)
+                .map_err(|error| Error::Gpu(format!("readback: {error}")))?;
+            out.extend_from_slice(&mapped[..part as usize]);
+            drop(mapped);
+            staging.unmap();
+            at += part;
+        }
+        Ok(())
+    }
+
+    /// Awaits a callback of the device's. Natively somebody has to poll the device: this future does, without
+    /// blocking, whenever it is polled itself.
+    pub(crate) async fn wait<T: Unpin>(&self, mut future: impl Future<Output = T> + Unpin) -> T {
+        std::future::poll_fn(|cx| {
+            // An error here means a lost device, which cancels the callback.
+            let _ = self.device.poll(wgpu::PollType::Poll);
+            let state = std::pin::Pin::new(&mut future).poll(cx);
+            #[cfg(not(target_arch = "wasm32"))]
+            if state.is_pending() {
+                std::thread::yield_now();
+                cx.waker().wake_by_ref();
+            }
+            state
+        })
+        .await
+    }
+
+    /// The pipeline called `name`, made on first use.
+    pub(crate) fn pipeline(
+        &self,
+        name: &str,
+        kernel: impl FnOnce() -> Kernel,
+    ) -> Result<Arc<Pipeline>> {
+        if let Some(pipeline) =
+            self.pipelines.lock().unwrap_or_else(PoisonError::into_inner).get(name)
+        {
+            return Ok(Arc::clone(pipeline));
+        }
+        let kernel = kernel();
+        debug_assert_eq!(kernel.name, name);
+        let missing = kernel.features - self.device.features();
+        if !missing.is_empty() {
+            return Err(Error::Unsupported {
+                operation: kernel.name,
+                needs: format!("{missing:?}"),
+                has: format!("the device was opened with {:?}", self.device.features()),
+            });
+        }
+        let pipeline = Arc::new(self.checked(&kernel.name, 0, || self.build(&kernel))?);
+        self.pipelines
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(kernel.name, Arc::clone(&pipeline));
+        Ok(pipeline)
+    }
+
+    fn build(&self, kernel: &Kernel) -> Pipeline {
+        let label = Some(kernel.name.as_str());
+        let descriptor = wgpu::ShaderModuleDescriptor {
+            label,
+            source: wgpu::ShaderSource::Wgsl(kernel.wgsl.as_str().into()),
+        };
+        let checks = wgpu::ShaderRuntimeChecks { force_loop_bounding: false, ..Default::default() };
+        // SAFETY: bounds checks stay on. Loop bounding is off, which requires that no loop is infinite:
+        // every loop of shaders/ counts up to a constant.
+        let module = unsafe { self.device.create_shader_module_trusted(descriptor, checks) };
+        let entries: Vec<_> = (0..)
+            .zip(&kernel.bindings)
+            .map(|(binding, kind)| wgpu::BindGroupLayoutEntry {
+                binding,
+                visibility: wgpu::ShaderStages::COMPUTE,
+                ty: wgpu::BindingType::Buffer {
+                    ty: match kind {
+                        Binding::Params => wgpu::BufferBindingType::Uniform,
+                        Binding::Read => wgpu::BufferBindingType::Storage { read_only: true },
+                        Binding::Write => wgpu::BufferBindingType::Storage { read_only: false },
+                    },
+                    has_dynamic_offset: false,
+                    min_binding_size: None,
+                },
+                count: None,
+            })
+            .collect();
+        let layout = self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
+            label,
+            entries: &entries,
+        });
+        let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label,
+            bind_group_layouts: &[Some(&layout)],
+            immediate_size: 0,
+        });
+        let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label,
+            layout: Some(&pipeline_layout),
+            module: &module,
+            entry_point: Some("main"),
+            compilation_options: wgpu::PipelineCompilationOptions {
+                // Workgroup memory starts as zero: amax_workgroup.wgsl relies on it.
+                zero_initialize_workgroup_memory: true,
+                ..Default::default()
+            },
+            cache: None,
+        });
+        Pipeline { pipeline, layout }
+    }
+}

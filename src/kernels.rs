@@ -1,0 +1,97 @@
+//! The catalogue: one file a kernel, with its descriptor, its recording and its twin on the CPU; the shaders are
+//! their namesakes under `shaders/`.
+//!
+//! A host with its own scheduler takes a [`Kernel`] from [`quantize::kernels`] or [`dequantize::kernels`] and runs it
+//! itself; [`Quantize::record`] and [`Dequantize::record`] are the other way in.
+
+pub mod dequantize;
+pub mod quantize;
+
+pub use dequantize::{Dequantize, DequantizeDesc};
+pub use quantize::{Quantize, QuantizeDesc};
+
+use crate::engine::buffer::DType;
+use crate::engine::shader::{Kernel, Source, shader};
+use crate::formats::{Block, Element, MxSpec, ScaleFormat};
+
+/// Every kernel in every variant. Thousands: to be validated, or shipped as data.
+pub fn all() -> Vec<Kernel> {
+    let mut kernels = quantize::kernels();
+    kernels.extend(dequantize::kernels());
+    kernels
+}
+
+/// Invocations of a workgroup. 256 is what every WebGPU device offers.
+pub(crate) const WORKGROUP: u32 = 256;
+
+/// Elements that one invocation encodes or decodes: they fill whole words.
+pub(crate) const fn unit(element: Element) -> u32 {
+    if element.bits() == 6 { 16 } else { 8 }
+}
+
+/// The constants that the fragments of `shaders/lib` share.
+pub(crate) fn format_constants(spec: MxSpec) -> Source {
+    let element = spec.element;
+    let (block, lines) = (spec.block.len() as u32, spec.block.lines() as u32);
+    Source::new()
+        .constant("WG", WORKGROUP)
+        .constant("BITS", element.bits())
+        .constant("MANTISSA_BITS", element.mantissa_bits())
+        .signed("EMIN", element.emin())
+        .signed("EMAX", element.emax())
+        .constant("MAX_CODE", element.max_code())
+        .flag("IS_INT8", element == Element::Int8)
+        .flag("IS_E5M2", element == Element::E5M2)
+        .flag("TENSOR_SCALED", spec.scale == ScaleFormat::E4M3)
+        .constant("UNIT", unit(element))
+        .constant("BLOCK", block)
+        .constant("BLOCK_LINES", lines)
+}
+
+pub(crate) fn type_constants(source: Source, name: &str, dtype: DType) -> Source {
+    source.constant("X_F32", 0).constant("X_F16", 1).constant("X_BF16", 2).constant(
+        name,
+        match dtype {
+            DType::F32 => 0,
+            DType::F16 => 1,
+            DType::BF16 => 2,
+        },
+    )
+}
+
+/// The fragments of a codec, but for the rounding.
+pub(crate) fn codec(source: Source, spec: MxSpec) -> Source {
+    source.fragment(shader!("lib/float.wgsl")).fragment(shader!("lib/element.wgsl")).fragment(
+        match spec.scale {
+            ScaleFormat::E8M0 => shader!("lib/scale_e8m0.wgsl"),
+            ScaleFormat::E4M3 => shader!("lib/scale_e4m3.wgsl"),
+        },
+    )
+}
+
+/// `e2m1-e8m0.1x32`: the part of a kernel's name that says the format.
+pub(crate) fn format_name(spec: MxSpec) -> String {
+    let scale = match spec.scale {
+        ScaleFormat::E8M0 => "e8m0",
+        ScaleFormat::E4M3 => "e4m3",
+    };
+    format!("{}-{scale}.{}", spec.element.name(), spec.block)
+}
+
+/// All formats: every element under E8M0, and NVFP4's, in every block.
+pub fn all_specs() -> Vec<MxSpec> {
+    let blocks = [
+        Block::Vector(16),
+        Block::Vector(32),
+        Block::Vector(64),
+        Block::Vector(128),
+        Block::Square(16),
+        Block::Square(32),
+    ];
+    let mut formats: Vec<_> = Element::ALL.map(|element| (element, ScaleFormat::E8M0)).into();
+    formats.push((Element::E2M1, ScaleFormat::E4M3));
+    formats
+        .into_iter()
+        .flat_map(|(element, scale)| blocks.map(|block| MxSpec { element, scale, block }))
+        .collect()
+}

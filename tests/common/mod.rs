@@ -1,0 +1,73 @@
+//! What the test files share: an oracle that is written another way than the crate, inputs, golden files.
+#![allow(dead_code)] // Each test binary uses its part.
+
+pub mod reference;
+
+use std::path::PathBuf;
+
+use microscaling::{DType, Rounding, rng};
+
+pub fn golden(name: &str) -> Vec<u8> {
+    let path: PathBuf = [env!("CARGO_MANIFEST_DIR"), "tests", "golden", name].iter().collect();
+    std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Random words from the crate's generator (whose known answers are tested on their own).
+pub fn words(seed: u64, n: usize) -> Vec<u32> {
+    let bits =
+        rng::RoundingBits::new(Rounding::Stochastic { seed, stream: 99 }, usize::MAX / 16).unwrap();
+    let mut out = Vec::with_capacity(n + 4);
+    for group in 0.. {
+        if out.len() >= n {
+            break;
+        }
+        let halves = bits.group(0, group);
+        out.extend(halves.chunks(2).map(|h| u32::from(h[0]) | u32::from(h[1]) << 16));
+    }
+    out.truncate(n);
+    out
+}
+
+/// A standard normal tensor in f32.
+pub fn gaussian(seed: u64, n: usize) -> Vec<f32> {
+    let words = words(seed, 2 * n);
+    words
+        .chunks(2)
+        .map(|w| {
+            // Box-Muller.
+            let u = (f64::from(w[0]) + 1.0) / 4294967296.0;
+            let v = f64::from(w[1]) / 4294967296.0;
+            ((-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()) as f32
+        })
+        .collect()
+}
+
+/// Little-endian elements as f32 values, exact.
+pub fn to_f32(dtype: DType, bytes: &[u8]) -> Vec<f32> {
+    match dtype {
+        DType::F32 => bytes.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect(),
+        DType::F16 => bytes
+            .chunks(2)
+            .map(|b| half::f16::from_le_bytes(b.try_into().unwrap()).to_f32())
+            .collect(),
+        DType::BF16 => bytes
+            .chunks(2)
+            .map(|b| half::bf16::from_le_bytes(b.try_into().unwrap()).to_f32())
+            .collect(),
+    }
+}
+
+/// Asserts that two byte strings are equal, and says where they are not.
+#[track_caller]
+pub fn assert_bytes(what: &str, got: &[u8], want: &[u8]) {
+    assert_eq!(got.len(), want.len(), "{what}: lengths");
+    if let Some(i) = (0..got.len()).find(|i| got[*i] != want[*i]) {
+        let wrong = got.iter().zip(want).filter(|(a, b)| a != b).count();
+        panic!(
+            "{what}: {wrong} of {} bytes differ, the first at {i}: {:#04x}, want {:#04x}",
+            got.len(),
+            got[i],
+            want[i]
+        );
+    }
+}

@@ -1,0 +1,464 @@
+//! One suite, stamped on every engine: the CPU, and every adapter that wgpu finds, with and without subgroups, and with
+//! tensors cut into many bindings. Outputs are compared byte for byte with the slow reference of tests/common.
+//!
+//! `MX_TEST_GPU=auto` (default) tests the adapters that are there, `require` fails where there is none, `off` tests the
+//! CPU alone. `MX_TEST_ADAPTERS=2` requires that many. `MX_TEST_VALIDATION=require` opens the devices under Vulkan's
+//! validation layer and fails on any message of it. What an adapter lacks shows as ignored, never as passed.
+
+mod common;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use common::{assert_bytes, reference};
+use libtest_mimic::{Arguments, Failed, Trial};
+use microscaling::{
+    Axis, Block, Context, DType, Dequantize, DequantizeDesc, DeviceChoice, Error, MXFP4, MxTensor,
+    NVFP4, Options, Quantize, QuantizeDesc, Rounding, engine, selftest,
+};
+
+/// One way to run a program.
+#[derive(Clone)]
+struct Engine {
+    label: String,
+    open: Arc<dyn Fn() -> Result<Context, Error> + Send + Sync>,
+    /// Why it cannot be tested here.
+    lacks: Option<String>,
+}
+
+type Test = fn(&Context) -> Result<(), Failed>;
+
+const SUITE: &[(&str, Test)] = &[
+    ("quantize_equals_the_reference", quantize_equals_the_reference),
+    ("quantize_from_f16_and_bf16", quantize_from_16_bits),
+    ("dequantize_equals_the_reference", dequantize_equals_the_reference),
+    ("every_code_under_every_scale", every_code_under_every_scale),
+    ("empty_tensors", empty_tensors),
+    ("a_given_tensor_scale", a_given_tensor_scale),
+    ("digests_are_those_of_design_md", digests),
+    ("mismatches_are_errors", mismatches_are_errors),
+    ("many_dispatches_in_one_stream", many_dispatches),
+];
+
+fn main() {
+    let args = Arguments::from_args();
+    let validation = match std::env::var("MX_TEST_VALIDATION").as_deref() {
+        Ok("require") => true,
+        Ok("off") | Err(_) => false,
+        Ok(other) => panic!("MX_TEST_VALIDATION={other}: require or off"),
+    };
+    LOG.install(validation);
+    let mut trials = Vec::new();
+    for engine in engines(validation) {
+        for (name, test) in SUITE {
+            let (test, open) = (*test, Arc::clone(&engine.open));
+            let name = match &engine.lacks {
+                Some(why) => format!("{} [{why}] {name}", engine.label),
+                None => format!("{} {name}", engine.label),
+            };
+            let ignored = engine.lacks.is_some();
+            trials.push(
+                Trial::test(name, move || {
+                    let ctx = open().map_err(|error| error.to_string())?;
+                    test(&ctx)?;
+                    ctx.wait_blocking().map_err(|error| error.to_string())?;
+                    LOG.check()
+                })
+                .with_ignored_flag(ignored),
+            );
+        }
+    }
+    trials.push(Trial::test("an_adapter_that_does_not_exist", no_such_adapter));
+    trials.push(Trial::test("a_comparison_that_must_fail_fails", comparison_fails));
+    libtest_mimic::run(&args, trials).exit();
+}
+
+fn engines(validation: bool) -> Vec<Engine> {
+    let mut engines =
+        vec![Engine { label: "CPU".into(), open: Arc::new(|| Ok(Context::cpu())), lacks: None }];
+    let mode = std::env::var("MX_TEST_GPU").unwrap_or_else(|_| "auto".into());
+    assert!(
+        ["auto", "require", "off"].contains(&&*mode),
+        "MX_TEST_GPU={mode}: auto, require or off"
+    );
+    let adapters =
+        if mode == "off" { Vec::new() } else { pollster::block_on(engine::adapters(validation)) };
+    let required: usize = match std::env::var("MX_TEST_ADAPTERS") {
+        Ok(n) => n.parse().expect("MX_TEST_ADAPTERS is a number"),
+        Err(_) => usize::from(mode == "require"),
+    };
+    assert!(adapters.len() >= required, "{required} adapters required, {} found", adapters.len());
+    for adapter in adapters {
+        let info = adapter.get_info();
+        let label = format!("{:?} {}", info.backend, info.name);
+        eprintln!("adapter: {label}, {} {}", info.driver, info.driver_info);
+        let has_subgroups = adapter.features().contains(wgpu::Features::SUBGROUP);
+        let forms = [
+            ("", Options::default(), None),
+            (
+                " without subgroups",
+                Options { without: wgpu::Features::SUBGROUP, ..Default::default() },
+                (!has_subgroups).then(|| "never has them".to_string()),
+            ),
+            (
+                " in small bindings",
+                Options { max_binding: Some(40 << 10), ..Default::default() },
+                None,
+            ),
+        ];
+        for (what, options, lacks) in forms {
+            let adapter = adapter.clone();
+            // One device an engine: opening takes long on some drivers, and pipelines are kept.
+            let shared: Mutex<Option<Context>> = Mutex::new(None);
+            let open = move || {
+                let mut shared = shared.lock().unwrap_or_else(|e| e.into_inner());
+                if shared.is_none() {
+                    *shared = Some(pollster::block_on(Context::on_adapter(&adapter, &options))?);
+                }
+                Ok(shared.clone().expect("just opened"))
+            };
+            engines.push(Engine { label: format!("{label}{what}"), open: Arc::new(open), lacks });
+        }
+    }
+    engines
+}
+
+/// A packed tensor full of garbage, so that what a kernel leaves out shows.
+fn garbage(
+    ctx: &Context,
+    desc: &QuantizeDesc,
+    rows: usize,
+    cols: usize,
+) -> Result<microscaling::DeviceMxTensor, Error> {
+    let layout = microscaling::Layout::new(desc.spec, desc.axis, rows, cols)?;
+    let fill = |n| (0..n).map(|i| (i as u8).wrapping_mul(37) | 0x81).collect();
+    ctx.upload_mx(&MxTensor::from_parts(
+        layout,
+        fill(layout.codes_len()),
+        fill(layout.scales_len()),
+        1.0,
+    )?)
+}
+
+fn quantize(
+    ctx: &Context,
+    desc: &QuantizeDesc,
+    dtype: DType,
+    x: &[u8],
+    rows: usize,
+    cols: usize,
+) -> Result<(MxTensor, u32), Error> {
+    let x = ctx.upload(dtype, rows, cols, x)?;
+    let mut out = garbage(ctx, desc, rows, cols)?;
+    let mut stream = ctx.stream();
+    Quantize::new(ctx, desc)?.record(&mut stream, &x, &mut out)?;
+    ctx.submit(stream)?;
+    Ok((ctx.read_mx_blocking(&out)?, ctx.nonfinite_blocks_blocking(&out)?))
+}
+
+fn compare(
+    ctx: &Context,
+    desc: &QuantizeDesc,
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+) -> Result<(), Failed> {
+    let bytes = selftest::input(dtype, rows, cols);
+    let want = reference::quantize(&common::to_f32(dtype, &bytes), rows, cols, desc);
+    let (got, nonfinite) = quantize(ctx, desc, dtype, &bytes, rows, cols)?;
+    let what = format!("{desc:?} {dtype} {rows}x{cols}");
+    assert_bytes(&format!("scales of {what}"), got.scales(), &want.scales);
+    assert_bytes(
+        &format!("codes of {what}"),
+        got.codes(),
+        &reference::pack(desc.spec.element.bits(), &want.codes),
+    );
+    assert_eq!(got.tensor_scale().to_bits(), want.tensor_scale.to_bits(), "{what}");
+    assert_eq!(nonfinite, want.nonfinite, "non-finite blocks of {what}");
+    Ok(())
+}
+
+/// All formats, axes and roundings; whole blocks, ragged ones, and more rows than a chunk of the small bindings has.
+fn quantize_equals_the_reference(ctx: &Context) -> Result<(), Failed> {
+    for desc in reference::descriptors() {
+        for (rows, cols) in [(130, 128), (33, 71), (1, 1)] {
+            compare(ctx, &desc, DType::F32, rows, cols)?;
+        }
+    }
+    Ok(())
+}
+
+fn quantize_from_16_bits(ctx: &Context) -> Result<(), Failed> {
+    for (i, desc) in reference::descriptors().into_iter().enumerate() {
+        let dtype = [DType::F16, DType::BF16][i % 2];
+        let (rows, cols) = if i % 4 < 2 { (34, 128) } else { (131, 69) };
+        compare(ctx, &desc, dtype, rows, cols)?;
+    }
+    Ok(())
+}
+
+fn dequantize(ctx: &Context, x: &MxTensor, dtype: DType) -> Result<Vec<u8>, Error> {
+    let layout = *x.layout();
+    let x = ctx.upload_mx(x)?;
+    let n = layout.rows * layout.cols * dtype.size();
+    let mut y = ctx.upload(dtype, layout.rows, layout.cols, &vec![0xa5; n])?;
+    let desc = DequantizeDesc { spec: layout.spec, axis: layout.axis };
+    let mut stream = ctx.stream();
+    Dequantize::new(ctx, &desc)?.record(&mut stream, &x, &mut y)?;
+    ctx.submit(stream)?;
+    ctx.read_blocking(&y)
+}
+
+/// f32 bits in another type; from the `half` crate, with the one NaN.
+fn narrowed(dtype: DType, values: &[f32]) -> Vec<u8> {
+    let nan = |v: f32, bits: u16, canonical: u16| if v.is_nan() { canonical } else { bits };
+    values
+        .iter()
+        .flat_map(|v| match dtype {
+            DType::F32 => v.to_le_bytes().to_vec(),
+            DType::F16 => nan(*v, half::f16::from_f32(*v).to_bits(), 0x7e00).to_le_bytes().to_vec(),
+            DType::BF16 => {
+                nan(*v, half::bf16::from_f32(*v).to_bits(), 0x7fc0).to_le_bytes().to_vec()
+            }
+        })
+        .collect()
+}
+
+/// Random codes and random scales, NaN among them, in every layout and type.
+fn dequantize_equals_the_reference(ctx: &Context) -> Result<(), Failed> {
+    for (i, desc) in reference::descriptors().into_iter().step_by(2).enumerate() {
+        let dtype = DType::ALL[i % 3];
+        for (rows, cols) in [(130, 128), (35, 69)] {
+            let layout = microscaling::Layout::new(desc.spec, desc.axis, rows, cols)?;
+            let random = |seed, n| -> Vec<u8> {
+                common::words(seed, n).into_iter().map(|w| (w >> 24) as u8).collect()
+            };
+            let scale =
+                if desc.spec.scale == microscaling::ScaleFormat::E4M3 { 1.7e-3 } else { 1.0 };
+            let scales: Vec<u8> = random(2, layout.scales_len())
+                .into_iter()
+                .map(|s| if scale == 1.0 { s } else { s & 0x7f })
+                .collect();
+            let x = MxTensor::from_parts(layout, random(1, layout.codes_len()), scales, scale)?;
+            let want = reference::dequantize(&layout, x.codes(), x.scales(), scale);
+            let what = format!("{} axis {} {dtype} {rows}x{cols}", desc.spec, desc.axis);
+            assert_bytes(&what, &dequantize(ctx, &x, dtype)?, &narrowed(dtype, &want));
+        }
+    }
+    Ok(())
+}
+
+/// Exhaustive: all codes of every format under all 256 scales, to all three types.
+fn every_code_under_every_scale(ctx: &Context) -> Result<(), Failed> {
+    for (_, spec) in microscaling::formats::NAMED {
+        let spec = spec.with_block(Block::Vector(16));
+        let codes = 1usize << spec.element.bits();
+        let layout = microscaling::Layout::new(spec, Axis::One, 256, codes)?;
+        let line: Vec<u8> = (0..codes).map(|c| c as u8).collect();
+        let packed = reference::pack(spec.element.bits(), &line).repeat(256);
+        let nvfp4 = spec.scale == microscaling::ScaleFormat::E4M3;
+        // NVFP4: bit 7 of a scale is its sign, which must be clear; a tensor scale small enough for subnormal results.
+        let scales: Vec<u8> = (0..256)
+            .flat_map(|s| {
+                std::iter::repeat_n(if nvfp4 { (s & 0x7f) as u8 } else { s as u8 }, layout.blocks())
+            })
+            .collect();
+        let tensor_scale = if nvfp4 { 3.3e-38 } else { 1.0 };
+        let x = MxTensor::from_parts(layout, packed, scales, tensor_scale)?;
+        let want = reference::dequantize(&layout, x.codes(), x.scales(), tensor_scale);
+        for dtype in DType::ALL {
+            assert_bytes(
+                &format!("{spec} {dtype}"),
+                &dequantize(ctx, &x, dtype)?,
+                &narrowed(dtype, &want),
+            );
+        }
+    }
+    Ok(())
+}
+
+fn empty_tensors(ctx: &Context) -> Result<(), Failed> {
+    for axis in [Axis::Zero, Axis::One] {
+        for spec in [MXFP4, NVFP4, MXFP4.with_block(Block::Square(32))] {
+            for (rows, cols) in [(0, 0), (0, 64), (64, 0)] {
+                let desc = QuantizeDesc { spec, axis, ..Default::default() };
+                let (got, nonfinite) = quantize(ctx, &desc, DType::F32, &[], rows, cols)?;
+                assert_eq!((got.bytes(), nonfinite), (0, 0), "{spec} {rows}x{cols}");
+                assert!(dequantize(ctx, &got, DType::BF16)?.is_empty());
+            }
+        }
+    }
+    Ok(())
+}
+
+fn a_given_tensor_scale(ctx: &Context) -> Result<(), Failed> {
+    for axis in [Axis::Zero, Axis::One] {
+        for tensor_scale in [0.37, 1e-30] {
+            let desc = QuantizeDesc {
+                spec: NVFP4,
+                axis,
+                tensor_scale: Some(tensor_scale),
+                ..Default::default()
+            };
+            compare(ctx, &desc, DType::F32, 40, 64)?;
+        }
+    }
+    Ok(())
+}
+
+/// DESIGN.md's digest table, line by line.
+fn digests(ctx: &Context) -> Result<(), Failed> {
+    let design = include_str!("../DESIGN.md");
+    let table: Vec<(&str, &str)> = design
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.strip_suffix("` |")?.split_once("` | `"))
+        .collect();
+    let got = pollster::block_on(selftest::run(ctx, |_, _, _| ()))?;
+    let want: Vec<_> = got.iter().map(|d| (d.name.clone(), format!("{:016x}", d.digest))).collect();
+    if std::env::var("MX_TEST_PRINT_DIGESTS").is_ok() {
+        for (name, digest) in &want {
+            println!("| `{name}` | `{digest}` |");
+        }
+    }
+    assert_eq!(table.len(), want.len(), "the table in DESIGN.md has another number of lines");
+    for ((name, digest), (got_name, got)) in table.into_iter().zip(&want) {
+        assert_eq!((name, digest), (got_name.as_str(), got.as_str()));
+    }
+    Ok(())
+}
+
+fn mismatches_are_errors(ctx: &Context) -> Result<(), Failed> {
+    let x = ctx.zeros(DType::F32, 4, 64)?;
+    let mut out = ctx.zeros_mx(MXFP4, Axis::One, 4, 96)?;
+    let mut stream = ctx.stream();
+    let kernel = Quantize::new(ctx, &QuantizeDesc::default())?;
+    let error = kernel.record(&mut stream, &x, &mut out).unwrap_err().to_string();
+    assert!(error.contains("[4, 64]") && error.contains("[4, 96]"), "{error}");
+    let mut out = ctx.zeros_mx(NVFP4, Axis::One, 4, 64)?;
+    let error = kernel.record(&mut stream, &x, &mut out).unwrap_err().to_string();
+    assert!(error.contains("mxfp4/1x32") && error.contains("nvfp4/1x16"), "{error}");
+    let mut y = ctx.zeros(DType::F32, 5, 64)?;
+    let packed = ctx.zeros_mx(MXFP4, Axis::One, 4, 64)?;
+    assert!(
+        Dequantize::new(ctx, &DequantizeDesc::default())?
+            .record(&mut stream, &packed, &mut y)
+            .is_err()
+    );
+    assert!(ctx.upload(DType::F32, 2, 2, &[0; 15]).unwrap_err().to_string().contains("15 bytes"));
+    assert!(ctx.zeros(DType::F32, usize::MAX, 2).is_err());
+    if ctx.wgpu().is_some() {
+        let mut elsewhere = Context::cpu().zeros_mx(MXFP4, Axis::One, 4, 64)?;
+        let error = kernel.record(&mut stream, &x, &mut elsewhere).unwrap_err().to_string();
+        assert!(error.contains("CPU engine"), "{error}");
+        // A row too long for one binding cannot be split.
+        let limits = ctx.wgpu().unwrap().0.limits();
+        let cols = (limits.max_storage_buffer_binding_size / 4 / 64) as usize;
+        let error = ctx.zeros(DType::F32, 128, cols).unwrap_err();
+        assert!(matches!(error, Error::TooLarge { .. }), "{error}");
+    }
+    Ok(())
+}
+
+/// More dispatches than one arena of parameters holds.
+fn many_dispatches(ctx: &Context) -> Result<(), Failed> {
+    let (rows, cols) = (3, 64);
+    let bytes = selftest::input(DType::F32, rows, cols);
+    let x = ctx.upload(DType::F32, rows, cols, &bytes)?;
+    let mut stream = ctx.stream();
+    let mut outs = Vec::new();
+    for stream_number in 0..600 {
+        let rounding = Rounding::Stochastic { seed: 1, stream: stream_number };
+        let desc = QuantizeDesc { rounding, ..Default::default() };
+        let mut out = ctx.zeros_mx(MXFP4, Axis::One, rows, cols)?;
+        Quantize::new(ctx, &desc)?.record(&mut stream, &x, &mut out)?;
+        outs.push((desc, out));
+    }
+    ctx.submit(stream)?;
+    for (desc, out) in outs.iter().step_by(71) {
+        let want = MxTensor::quantize(&common::to_f32(DType::F32, &bytes), rows, cols, desc)?;
+        assert_eq!(ctx.read_mx_blocking(out)?, want);
+    }
+    Ok(())
+}
+
+fn no_such_adapter() -> Result<(), Failed> {
+    let options =
+        Options { device: DeviceChoice::Named("no such adapter".into()), ..Default::default() };
+    let error = Context::open_blocking(&options).unwrap_err();
+    assert!(matches!(error, Error::NoAdapter { .. }));
+    assert!(error.to_string().contains("no such adapter"), "{error}");
+    Ok(())
+}
+
+fn comparison_fails() -> Result<(), Failed> {
+    let bytes = selftest::input(DType::F32, 8, 64);
+    let desc = QuantizeDesc::default();
+    let (got, _) = quantize(&Context::cpu(), &desc, DType::F32, &bytes, 8, 64)?;
+    let mut want = reference::pack(
+        4,
+        &reference::quantize(&common::to_f32(DType::F32, &bytes), 8, 64, &desc).codes,
+    );
+    want[100] ^= 0x10;
+    assert!(
+        std::panic::catch_unwind(|| assert_bytes("", got.codes(), &want)).is_err(),
+        "one flipped bit passes"
+    );
+    Ok(())
+}
+
+// ---- Messages of the validation layer ------------------------------------------------------------------------------
+
+static LOG: Log = Log {
+    layer_seen: AtomicUsize::new(0),
+    messages: Mutex::new(Vec::new()),
+    required: AtomicUsize::new(0),
+};
+
+/// Keeps what wgpu-hal logs: the validation layer's messages come that way.
+struct Log {
+    layer_seen: AtomicUsize,
+    messages: Mutex<Vec<String>>,
+    required: AtomicUsize,
+}
+
+impl Log {
+    fn install(&'static self, required: bool) {
+        self.required.store(usize::from(required), Ordering::Relaxed);
+        log::set_logger(self).expect("first logger");
+        log::set_max_level(log::LevelFilter::Debug);
+    }
+
+    fn check(&self) -> Result<(), Failed> {
+        let mut messages = self.messages.lock().unwrap();
+        if !messages.is_empty() {
+            return Err(std::mem::take(&mut *messages).join("\n").into());
+        }
+        if self.required.load(Ordering::Relaxed) == 1
+            && self.layer_seen.load(Ordering::Relaxed) == 0
+        {
+            return Err(
+                "MX_TEST_VALIDATION=require, but the validation layer was not loaded".into()
+            );
+        }
+        Ok(())
+    }
+}
+
+impl log::Log for Log {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        let text = record.args().to_string();
+        if text.contains("VK_LAYER_KHRONOS_validation") && !text.contains("Unable to find") {
+            self.layer_seen.store(1, Ordering::Relaxed);
+        }
+        let hal = record.target().starts_with("wgpu_hal");
+        if hal && record.level() <= log::Level::Warn && text.contains("VUID") {
+            self.messages.lock().unwrap().push(text);
+        }
+    }
+
+    fn flush(&self) {}
+}
