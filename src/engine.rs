@@ -267,7 +267,11 @@ impl Context {
         let scales = tensor.scales.read(self).await?;
         let scale = match tensor.layout.spec.scale {
             ScaleFormat::E8M0 => 1.0,
-            ScaleFormat::E4M3 => f32::from_bits(self.read_state(tensor).await?[2]),
+            ScaleFormat::E4M3 => match self.read_state(tensor).await?[2] {
+                // Nothing was quantized: the tensor is new, or empty.
+                0 => 1.0,
+                bits => f32::from_bits(bits),
+            },
         };
         MxTensor::from_parts(tensor.layout, codes, scales, scale)
     }
