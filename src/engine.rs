@@ -282,6 +282,20 @@ impl Context {
         Ok(self.read_state(tensor).await?[0])
     }
 
+    /// Reads the first `bytes` of a buffer of the device's, with usage `COPY_SRC`. Waits as [`Context::read`].
+    pub async fn read_buffer(&self, buffer: &wgpu::Buffer, bytes: u64) -> Result<Vec<u8>> {
+        let Engine::Gpu(gpu) = self.engine() else {
+            return Err(Error::Unsupported {
+                operation: "reading a buffer".into(),
+                needs: "a GPU".into(),
+                has: "the context is the CPU engine".into(),
+            });
+        };
+        let mut data = Vec::new();
+        gpu.read(buffer, bytes, &mut data).await?;
+        Ok(data)
+    }
+
     async fn read_state(&self, tensor: &DeviceMxTensor) -> Result<[u32; 4]> {
         let bytes = tensor.state.read(self).await?;
         Ok(std::array::from_fn(|i| bytemuck::pod_read_unaligned(&bytes[4 * i..4 * i + 4])))
@@ -428,6 +442,11 @@ impl Stream<'_> {
             Target::Own(encoder) => Some(encoder),
             Target::Caller(encoder) => Some(encoder),
         }
+    }
+
+    /// The encoder that this stream records into, for the caller's own commands between kernels; none on the CPU engine.
+    pub fn wgpu_encoder(&mut self) -> Option<&mut wgpu::CommandEncoder> {
+        self.encoder()
     }
 
     /// Zeroes a buffer.

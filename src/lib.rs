@@ -10,6 +10,8 @@
 //! | what an adapter offers, and why not | [`engine::caps`] |
 //! | kernels: descriptor, recording, CPU twin | [`kernels`] |
 //! | the random numbers of stochastic rounding | [`rng`] |
+//! | timing recorded work | [`report`] |
+//! | what `info --selftest` runs | [`selftest`] |
 //! | .safetensors files | [`interop`] |
 
 pub mod engine;
@@ -17,6 +19,7 @@ pub mod error;
 pub mod formats;
 pub mod interop;
 pub mod kernels;
+pub mod report;
 pub mod rng;
 pub mod selftest;
 
