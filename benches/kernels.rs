@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use criterion::{Criterion, Throughput};
 use microscaling::{
-    Axis, Block, Context, DType, Dequantize, DequantizeDesc, MXFP4, MxSpec, MxTensor, NVFP4, MXFP8_E4M3, MXFP6_E2M3, Options,
-    Quantize, QuantizeDesc, Rounding, ScaleRule, report,
+    Axis, Block, Context, DType, Dequantize, DequantizeDesc, MXFP4, MXFP6_E2M3, MXFP8_E4M3, MxSpec,
+    MxTensor, NVFP4, Options, Quantize, QuantizeDesc, Rounding, ScaleRule, kernels::Copy, report,
 };
 use serde_json::json;
 
@@ -49,7 +49,8 @@ impl Bench {
                 let mut left = iterations;
                 while left > 0 {
                     let now = left.min(50);
-                    total += pollster::block_on(report::time(&self.ctx, now, &mut record)).expect(name);
+                    total +=
+                        pollster::block_on(report::time(&self.ctx, now, &mut record)).expect(name);
                     left -= now;
                 }
                 samples.lock().unwrap().push(total.as_secs_f64() / iterations as f64);
@@ -81,13 +82,19 @@ fn main() {
         .measurement_time(Duration::from_secs(if caps.software { 4 } else { 2 }))
         .sample_size(20);
     let mut bench = Bench { ctx: ctx.clone(), criterion, cases: Vec::new() };
-    println!("{} ({}), [{rows}, {cols}], clock: {}", caps.name, caps.driver, report::clock(&ctx).name());
+    println!(
+        "{} ({}), [{rows}, {cols}], clock: {}",
+        caps.name,
+        caps.driver,
+        report::clock(&ctx).name()
+    );
 
     let data = gaussian(rows * cols);
     let xs: Vec<_> = (0..SETS)
         .map(|_| ctx.upload(DType::F32, rows, cols, bytemuck::cast_slice(&data)).expect("upload"))
         .collect();
-    let numpy = || std::env::var("MX_BENCH_NUMPY").ok().map(|python| numpy_baseline(&python, rows, cols));
+    let numpy =
+        || std::env::var("MX_BENCH_NUMPY").ok().map(|python| numpy_baseline(&python, rows, cols));
     let mut baselines: Vec<_> = numpy().into_iter().collect();
 
     copy(&mut bench, &ctx, rows, cols);
@@ -160,29 +167,29 @@ fn gaussian(n: usize) -> Vec<f32> {
         .collect()
 }
 
-/// A device's copy of the same size; on the CPU engine the host's.
+/// A copy of the same size: by a kernel, and on a GPU by the API's own command too.
 fn copy(bench: &mut Bench, ctx: &Context, rows: usize, cols: usize) {
-    let bytes = (rows * cols * 4) as u64;
+    let data = vec![7; rows * cols * 4];
+    let xs: Vec<_> =
+        (0..SETS).map(|_| ctx.upload(DType::F32, rows, cols, &data).expect("copy")).collect();
+    let mut ys: Vec<_> =
+        (0..SETS).map(|_| ctx.zeros(DType::F32, rows, cols).expect("copy")).collect();
+    let bytes = 2 * data.len() as u64;
+    let kernel = Copy::new(ctx);
+    bench.run("copy", bytes, |stream, i| {
+        let i = i as usize % SETS;
+        kernel.record(stream, &xs[i], &mut ys[i])
+    });
     if ctx.wgpu().is_some() {
-        let tensors: Vec<_> =
-            (0..2 * SETS).map(|_| ctx.upload(DType::F32, rows, cols, &vec![7; bytes as usize]).expect("copy")).collect();
-        bench.run("copy", 2 * bytes, |stream, i| {
+        assert!(ctx.read_blocking(&ys[0]).expect("copy") == data, "copy: not the input's bytes");
+        bench.run("copy by command", bytes, |stream, i| {
             let i = i as usize % SETS;
             let encoder = stream.wgpu_encoder().expect("on a GPU");
-            for (from, to) in tensors[2 * i].buffers().iter().zip(tensors[2 * i + 1].buffers()) {
+            for (from, to) in xs[i].buffers().iter().zip(ys[i].buffers()) {
                 encoder.copy_buffer_to_buffer(from, 0, to, 0, from.size());
             }
             Ok(())
         });
-    } else {
-        use rayon::prelude::*;
-        let from = vec![7u8; bytes as usize];
-        let mut to = vec![0u8; bytes as usize];
-        bench.run("copy", 2 * bytes, |_, _| {
-            to.par_chunks_mut(1 << 20).zip(from.par_chunks(1 << 20)).for_each(|(to, from)| to.copy_from_slice(from));
-            Ok(())
-        });
-        std::hint::black_box(to);
     }
 }
 
@@ -201,7 +208,8 @@ fn quantize(
     let rule = if spec == NVFP4 { ScaleRule::Even } else { ScaleRule::Rceil };
     let desc = QuantizeDesc { spec, axis, rounding, scale_rule: Some(rule), ..Default::default() };
     let kernel = Quantize::new(ctx, &desc).expect(name);
-    let mut outs: Vec<_> = (0..SETS).map(|_| ctx.zeros_mx(spec, axis, rows, cols).expect(name)).collect();
+    let mut outs: Vec<_> =
+        (0..SETS).map(|_| ctx.zeros_mx(spec, axis, rows, cols).expect(name)).collect();
     // NVFP4 reads the input a second time, for the tensor's amax.
     let passes = if spec == NVFP4 { 2 } else { 1 };
     let bytes = (xs[0].bytes() * passes + outs[0].bytes()) as u64;
@@ -211,11 +219,21 @@ fn quantize(
     });
     if ctx.wgpu().is_some() && bench.cases.last().is_some_and(|c| c.name == name) {
         let got = ctx.read_mx_blocking(&outs[0]).expect(name);
-        assert!(got == MxTensor::quantize(data, rows, cols, &desc).expect(name), "{name}: not the twin's bytes");
+        assert!(
+            got == MxTensor::quantize(data, rows, cols, &desc).expect(name),
+            "{name}: not the twin's bytes"
+        );
     }
 }
 
-fn dequantize(bench: &mut Bench, ctx: &Context, data: &[f32], rows: usize, cols: usize, dtype: DType) {
+fn dequantize(
+    bench: &mut Bench,
+    ctx: &Context,
+    data: &[f32],
+    rows: usize,
+    cols: usize,
+    dtype: DType,
+) {
     let name = format!("dequantize mxfp4→{dtype} rows");
     let packed = MxTensor::quantize(data, rows, cols, &QuantizeDesc::default()).expect("quantize");
     let xs: Vec<_> = (0..SETS).map(|_| ctx.upload_mx(&packed).expect("upload")).collect();
@@ -227,7 +245,10 @@ fn dequantize(bench: &mut Bench, ctx: &Context, data: &[f32], rows: usize, cols:
     });
     if dtype == DType::F32 && bench.cases.last().is_some_and(|c| c.name == name) {
         let got = ctx.read_blocking(&ys[0]).expect("read");
-        assert!(got == bytemuck::cast_slice::<f32, u8>(&packed.dequantize()), "{name}: not the twin's bytes");
+        assert!(
+            got == bytemuck::cast_slice::<f32, u8>(&packed.dequantize()),
+            "{name}: not the twin's bytes"
+        );
     }
 }
 

@@ -51,8 +51,11 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         )
         .into());
     }
-    let reference =
-        if args.selftest { pollster::block_on(selftest::run(&Context::cpu(), |_, _, _| ()))? } else { Vec::new() };
+    let reference = if args.selftest {
+        pollster::block_on(selftest::run(&Context::cpu(), |_, _, _| ()))?
+    } else {
+        Vec::new()
+    };
     let mut report = Vec::new();
     let mut failed = Vec::new();
     for (caps, adapter) in &devices {
@@ -80,8 +83,10 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
             if wrong > 0 {
                 failed.push(caps.name.clone());
             }
-            let digests: serde_json::Map<_, _> =
-                digests.into_iter().map(|d| (d.name, json!(format!("{:016x}", d.digest)))).collect();
+            let digests: serde_json::Map<_, _> = digests
+                .into_iter()
+                .map(|d| (d.name, json!(format!("{:016x}", d.digest))))
+                .collect();
             result["selftest"] = json!({ "different": wrong, "digests": digests });
         }
         report.push(result);

@@ -1,15 +1,15 @@
-// dequantize: codes and scales → y, rows of whole vector blocks along the rows; one unit an invocation.
-// Layout:   codes[rows · units, UNIT_WORDS words] · scales[rows · blocks bytes] · y[rows, cols], cols % BLOCK == 0
+// dequantize: codes and scales → y, rows of whole vector blocks along the rows.
+// Layout:   codes[rows · cols · BITS/32 words] · scales[rows · blocks bytes] · y[rows, cols], cols % BLOCK == 0
 // Numerics: exact in f32 (MX) or rounded once (NVFP4), to infinity above f32's range; then rounded to nearest
 //           even for f16 and bf16. Integer-only; bit-exact with the twin.
-// Dispatch: ceil(units / WG) workgroups, spread over x and y
+// Dispatch: ceil(vectors / (WG · STEPS)) workgroups, spread over x and y; consecutive invocations write consecutive vectors
 // Twin:     src/kernels/dequantize.rs
 
 struct Params {
-    units: u32,             // in this dispatch
-    codes_offset: u32,      // words
-    scales_offset: u32,     // bytes
-    y_offset: u32,          // elements, a multiple of UNIT
+    vectors: u32,           // of 16 bytes, in this dispatch
+    codes_offset: u32,      // words before the first
+    scales_offset: u32,     // bytes before the first
+    y_offset: u32,          // vectors before the first
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -18,45 +18,55 @@ struct Params {
 @group(0) @binding(3) var<storage, read> state: array<u32>;    // [2]: the tensor-wide scale, see quantize.wgsl
 @group(0) @binding(4) var<storage, read_write> y: array<vec4<u32>>;
 
-// Four codes from a little-endian bit stream, as f32 bits.
-fn decode4(stream: u32, scale: u32, ts: u32) -> vec4<u32> {
-    const MASK = (1u << BITS) - 1u;
-    return vec4<u32>(mx_decode(stream & MASK, scale, ts),
-                     mx_decode((stream >> BITS) & MASK, scale, ts),
-                     mx_decode((stream >> (2u * BITS)) & MASK, scale, ts),
-                     mx_decode((stream >> (3u * BITS)) & MASK, scale, ts));
+const PER_VECTOR = select(8u, 4u, Y_TYPE == X_F32);
+const CODES = 1u << BITS;
+
+// The f32 bits of every code without a scale.
+var<workgroup> wg_values: array<u32, CODES>;
+
+// A code under an E8M0 scale: adds to the exponent, where all of a format's values stay normal.
+fn scaled(code: u32, scale: u32, ts: u32) -> u32 {
+    if (TENSOR_SCALED || scale < 17u || scale > 238u) { return mx_decode(code, scale, ts); }
+    let value = wg_values[code];
+    let special = (value & 0x7f800000u) - 1u >= 0x7f7fffffu;    // zero, infinity, NaN
+    return value + select((scale - 127u) << 23u, 0u, special);
 }
 
-fn store8(at: u32, a: vec4<u32>, b: vec4<u32>) {
-    if (Y_TYPE == X_F32) {
-        y[at / 4u] = a;
-        y[at / 4u + 1u] = b;
-    } else {
-        y[at / 8u] = vec4<u32>(narrow(a.x) | (narrow(a.y) << 16u), narrow(a.z) | (narrow(a.w) << 16u),
-                               narrow(b.x) | (narrow(b.y) << 16u), narrow(b.z) | (narrow(b.w) << 16u));
-    }
+// 4 · BITS bits of the codes from element `at` on.
+fn stream4(at: u32) -> u32 {
+    let bit = at * BITS;
+    let word = p.codes_offset + bit / 32u;
+    let low = codes[word] >> (bit % 32u);
+    if (BITS == 6u && bit % 32u > 8u) { return low | (codes[word + 1u] << (32u - bit % 32u)); }
+    return low;
+}
+
+fn decode4(stream: u32, scale: u32, ts: u32) -> vec4<u32> {
+    const MASK = CODES - 1u;
+    return vec4<u32>(scaled(stream & MASK, scale, ts), scaled((stream >> BITS) & MASK, scale, ts),
+                     scaled((stream >> (2u * BITS)) & MASK, scale, ts), scaled((stream >> (3u * BITS)) & MASK, scale, ts));
 }
 
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3<u32>,
         @builtin(local_invocation_index) lane: u32) {
-    let unit = (wg.y * wgs.x + wg.x) * WG + lane;
-    if (unit >= p.units) { return; }
-    let block = p.scales_offset + unit * UNIT / BLOCK;
-    let scale = (scales[block / 4u] >> (8u * (block % 4u))) & 0xffu;
+    if (!TENSOR_SCALED && lane < CODES) { wg_values[lane] = mx_decode(lane, 127u, 0u); }
+    workgroupBarrier();
     var ts = 0u;
     if (TENSOR_SCALED) { ts = state[2]; }
-    let at = p.codes_offset + unit * UNIT_WORDS;
-    let out = p.y_offset + unit * UNIT;
-    let w0 = codes[at];
-    if (BITS == 4u) {
-        store8(out, decode4(w0, scale, ts), decode4(w0 >> 16u, scale, ts));
-    } else if (BITS == 8u) {
-        store8(out, decode4(w0, scale, ts), decode4(codes[at + 1u], scale, ts));
-    } else {
-        let w1 = codes[at + 1u];
-        let w2 = codes[at + 2u];
-        store8(out, decode4(w0, scale, ts), decode4((w0 >> 24u) | (w1 << 8u), scale, ts));
-        store8(out + 8u, decode4((w1 >> 16u) | (w2 << 16u), scale, ts), decode4(w2 >> 8u, scale, ts));
+    for (var step = 0u; step < STEPS; step++) {
+        let vector = ((wg.y * wgs.x + wg.x) * STEPS + step) * WG + lane;
+        if (vector >= p.vectors) { return; }
+        let at = vector * PER_VECTOR;
+        let block = p.scales_offset + at / BLOCK;
+        let scale = (scales[block / 4u] >> (8u * (block % 4u))) & 0xffu;
+        let a = decode4(stream4(at), scale, ts);
+        if (Y_TYPE == X_F32) {
+            y[p.y_offset + vector] = a;
+        } else {
+            let b = decode4(stream4(at + 4u), scale, ts);
+            y[p.y_offset + vector] = vec4<u32>(narrow(a.x) | (narrow(a.y) << 16u), narrow(a.z) | (narrow(a.w) << 16u),
+                                               narrow(b.x) | (narrow(b.y) << 16u), narrow(b.z) | (narrow(b.w) << 16u));
+        }
     }
 }

@@ -9,7 +9,7 @@ struct Params {
     cols: u32,              // logical
     blocks: u32,            // of a row, the last one padded
     x_offset: u32,          // elements before the first row
-    codes_offset: u32,      // words before the first row
+    codes_offset: u32,      // units before the first row
     scales_offset: u32,     // words before the first row
     carry: u32,             // the scale rule, see scale_from_amax
     tensor_scale: u32,      // f32 bits, or 0: from the amax in `state`
@@ -22,7 +22,7 @@ struct Params {
 // [2] its scale (written here), both NVFP4's and f32 bits.
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> x: array<XWord>;
-@group(0) @binding(2) var<storage, read_write> codes: array<u32>;
+@group(0) @binding(2) var<storage, read_write> codes: array<CodesWord>;
 @group(0) @binding(3) var<storage, read_write> scales: array<u32>;
 @group(0) @binding(4) var<storage, read_write> state: array<atomic<u32>>;
 
@@ -32,12 +32,12 @@ const WG_BLOCKS = WG / LANES;
 var<workgroup> wg_scales: array<u32, WG_BLOCKS>;
 
 // Eight elements from column `col` on; zero beyond the row.
-fn load_row(row: u32, col: u32, unit: u32) -> array<u32, 8> {
-    if (CONTIGUOUS) { return load8(p.x_offset + unit * 8u); }
+fn load_row(row: u32, col: u32) -> array<u32, 8> {
     var v = array<u32, 8>();
-    if (col + 8u <= p.cols) { return load8(p.x_offset + row * p.cols + col); }
+    let at = p.x_offset + row * p.cols + col;
+    if (col + 8u <= p.cols) { return load8(at); }
     for (var j = 0u; j < 8u; j++) {
-        if (col + j < p.cols) { v[j] = load1(p.x_offset + row * p.cols + col + j); }
+        if (col + j < p.cols) { v[j] = load1(at + j); }
     }
     return v;
 }
@@ -59,8 +59,13 @@ fn main(in: Invocation) {
     var a = array<u32, 8>();
     var b = array<u32, 8>();
     if (live) {
-        a = load_row(row, col, unit * (UNIT / 8u));
-        if (UNIT == 16u) { b = load_row(row, col + 8u, unit * 2u + 1u); }
+        if (CONTIGUOUS) {
+            a = load8(p.x_offset + unit * UNIT);
+            b = load8(p.x_offset + unit * UNIT + 8u);
+        } else {
+            a = load_row(row, col);
+            b = load_row(row, col + 8u);
+        }
     }
     let amax = block_amax(max(amax8(a), amax8(b)), lane);
 
@@ -76,24 +81,19 @@ fn main(in: Invocation) {
     }
 
     if (live) {
-        let at = p.codes_offset + unit * UNIT_WORDS;
-        if (scale == SCALE_NAN) {
-            for (var i = 0u; i < UNIT_WORDS; i++) { codes[at + i] = 0u; }
-        } else {
-            var group = unit * (UNIT / 8u);
-            if (STOCHASTIC && !CONTIGUOUS) { group = row * p.groups + col / 8u; }
-            var r = vec4<u32>();
-            if (STOCHASTIC) { r = threefry_group(p.counter, group, p.key); }
-            let low = pack8(encode8(a, scale, ts, r));
-            codes[at] = low.x;
-            if (BITS == 8u) { codes[at + 1u] = low.y; }
-            if (UNIT == 16u) {
-                if (STOCHASTIC) { r = threefry_group(p.counter, group + 1u, p.key); }
-                let high = pack8(encode8(b, scale, ts, r));
-                codes[at + 1u] = low.y | (high.x << 16u);
-                codes[at + 2u] = (high.x >> 16u) | (high.y << 16u);
+        var c = Codes();
+        if (scale != SCALE_NAN) {
+            var ra = vec4<u32>();
+            var rb = vec4<u32>();
+            if (STOCHASTIC) {
+                var group = unit * 2u;
+                if (!CONTIGUOUS) { group = row * p.groups + col / 8u; }
+                ra = threefry_group(p.counter, group, p.key);
+                rb = threefry_group(p.counter, group + 1u, p.key);
             }
+            c = encode16(a, b, scale, ts, ra, rb);
         }
+        codes_store(p.codes_offset + unit, c);
     }
 
     workgroupBarrier();

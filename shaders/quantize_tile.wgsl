@@ -1,6 +1,6 @@
 // quantize_tile: a tile of x through workgroup memory → codes and scales, for blocks along the columns (the
 // result is the transpose, blocked axis contiguous) and for square blocks, along either axis.
-// Layout:   x[rows, pitch] · codes[lines, line_words words] · scales[⌈lines/BLOCK_LINES⌉, blocks bytes]
+// Layout:   x[rows, pitch] · codes[lines, line_units units] · scales[⌈lines/BLOCK_LINES⌉, blocks bytes]
 // Numerics: integer-only; bit-exact with the twin, NaN, ±0 and subnormals included. OCP MX v1.0, section 6.3.
 // Dispatch: ceil(rows / TILE_ROWS) · ceil(cols / TILE_COLS) workgroups, spread over x and y; scales zeroed before
 // Twin:     src/kernels/quantize.rs
@@ -10,8 +10,8 @@ struct Params {
     cols: u32,              // of x, in this dispatch
     pitch: u32,             // elements of a whole row of x
     x_offset: u32,          // elements before the first one of this dispatch
-    line_words: u32,        // words of a whole line of codes
-    codes_offset: u32,      // words before the first one of this dispatch
+    line_units: u32,        // units of a whole line of codes
+    codes_offset: u32,      // units before the first one of this dispatch
     blocks: u32,            // blocks of a whole line
     scales_offset: u32,     // bytes before the first one of this dispatch
     carry: u32,             // the scale rule, see scale_from_amax
@@ -24,11 +24,11 @@ struct Params {
 
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> x: array<XWord>;
-@group(0) @binding(2) var<storage, read_write> codes: array<u32>;
+@group(0) @binding(2) var<storage, read_write> codes: array<CodesWord>;
 @group(0) @binding(3) var<storage, read_write> scales: array<atomic<u32>>;
 @group(0) @binding(4) var<storage, read_write> state: array<atomic<u32>>;  // see quantize.wgsl
 
-// WG · 8 elements: each invocation loads one group of eight columns.
+// WG · 16 elements: each invocation loads two groups of eight columns, and encodes one unit along a line.
 const TILE_GROUPS = TILE_COLS / 8u;
 // An odd pitch spreads a column over the banks.
 const TILE_PITCH = TILE_COLS + 1u;
@@ -72,17 +72,10 @@ fn bits8(line: u32, k: u32) -> vec4<u32> {
     return vec4<u32>(wg_bits[at], wg_bits[at + 1u], wg_bits[at + 2u], wg_bits[at + 3u]);
 }
 
-@compute @workgroup_size(WG)
-fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3<u32>,
-        @builtin(local_invocation_index) lane: u32) {
-    let tiles = (p.cols + TILE_COLS - 1u) / TILE_COLS;
-    let tile = wg.y * wgs.x + wg.x;
-    let row0 = tile / tiles * TILE_ROWS;
-    let col0 = tile % tiles * TILE_COLS;
-
-    // Load; zero outside x.
-    let r = lane / TILE_GROUPS;
-    let c = lane % TILE_GROUPS * 8u;
+// Loads one group of eight into the tile, zero outside x, and draws its random halves.
+fn load_group(group: u32, row0: u32, col0: u32) {
+    let r = group / TILE_GROUPS;
+    let c = group % TILE_GROUPS * 8u;
     var v = array<u32, 8>();
     if (row0 + r < p.rows) {
         let at = p.x_offset + (row0 + r) * p.pitch + col0 + c;
@@ -94,29 +87,44 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
             }
         }
     }
-    for (var j = 0u; j < 8u; j++) { wg_tile[r * TILE_PITCH + c + j] = v[j]; }
+    let at = r * TILE_PITCH + c;
+    wg_tile[at] = v[0];
+    wg_tile[at + 1u] = v[1];
+    wg_tile[at + 2u] = v[2];
+    wg_tile[at + 3u] = v[3];
+    wg_tile[at + 4u] = v[4];
+    wg_tile[at + 5u] = v[5];
+    wg_tile[at + 6u] = v[6];
+    wg_tile[at + 7u] = v[7];
     if (STOCHASTIC) {
         let bits = threefry_group(p.counter, (row0 + r) * p.groups + (col0 + c) / 8u, p.key);
-        let at = r * BITS_PITCH + c / 2u;
-        wg_bits[at] = bits.x;
-        wg_bits[at + 1u] = bits.y;
-        wg_bits[at + 2u] = bits.z;
-        wg_bits[at + 3u] = bits.w;
+        let to = r * BITS_PITCH + c / 2u;
+        wg_bits[to] = bits.x;
+        wg_bits[to + 1u] = bits.y;
+        wg_bits[to + 2u] = bits.z;
+        wg_bits[to + 3u] = bits.w;
     }
+}
+
+@compute @workgroup_size(WG)
+fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3<u32>,
+        @builtin(local_invocation_index) lane: u32) {
+    let tiles = (p.cols + TILE_COLS - 1u) / TILE_COLS;
+    let tile = wg.y * wgs.x + wg.x;
+    let row0 = tile / tiles * TILE_ROWS;
+    let col0 = tile % tiles * TILE_COLS;
+
+    load_group(lane, row0, col0);
+    load_group(lane + WG, row0, col0);
     workgroupBarrier();
 
-    // One unit an invocation.
-    let line = lane / LINE_UNITS;
-    let k = lane % LINE_UNITS * UNIT;
+    // One unit an invocation, numbered so that a subgroup's reads fall into different banks.
+    let line = select(lane / LINE_UNITS, lane % LINES, TRANSPOSED);
+    let k = select(lane % LINE_UNITS, lane / LINES, TRANSPOSED) * UNIT;
     let block = line / BLOCK_LINES * LINE_BLOCKS + k / BLOCK;
-    let working = lane < LINES * LINE_UNITS;
-    var a = array<u32, 8>();
-    var b = array<u32, 8>();
-    if (working) {
-        a = tile8(line, k);
-        if (UNIT == 16u) { b = tile8(line, k + 8u); }
-        atomicMax(&wg_amax[block], max(amax8(a), amax8(b)));
-    }
+    let a = tile8(line, k);
+    let b = tile8(line, k + 8u);
+    atomicMax(&wg_amax[block], max(amax8(a), amax8(b)));
     workgroupBarrier();
 
     let line0 = select(row0, col0, TRANSPOSED);
@@ -124,7 +132,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     let lines = select(p.rows, p.cols, TRANSPOSED);
     let line_len = select(p.cols, p.rows, TRANSPOSED);
     // Units of the last block's padding are written too.
-    let live = working && line0 + line < lines && (k0 + k) / BLOCK * BLOCK < line_len;
+    let live = line0 + line < lines && (k0 + k) / BLOCK * BLOCK < line_len;
     if (!live) { return; }
 
     var ts = p.tensor_scale;
@@ -139,17 +147,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         if (scale == SCALE_NAN) { atomicAdd(&state[0], 1u); }
     }
 
-    let at = p.codes_offset + (line0 + line) * p.line_words + (k0 + k) / UNIT * UNIT_WORDS;
-    if (scale == SCALE_NAN) {
-        for (var i = 0u; i < UNIT_WORDS; i++) { codes[at + i] = 0u; }
-        return;
-    }
-    let low = pack8(encode8(a, scale, ts, bits8(line, k)));
-    codes[at] = low.x;
-    if (BITS == 8u) { codes[at + 1u] = low.y; }
-    if (UNIT == 16u) {
-        let high = pack8(encode8(b, scale, ts, bits8(line, k + 8u)));
-        codes[at + 1u] = low.y | (high.x << 16u);
-        codes[at + 2u] = (high.x >> 16u) | (high.y << 16u);
-    }
+    var c = Codes();
+    if (scale != SCALE_NAN) { c = encode16(a, b, scale, ts, bits8(line, k), bits8(line, k + 8u)); }
+    codes_store(p.codes_offset + (line0 + line) * p.line_units + (k0 + k) / UNIT, c);
 }

@@ -4,9 +4,11 @@
 //! A host with its own scheduler takes a [`Kernel`] from [`quantize::kernels`] or [`dequantize::kernels`] and runs it
 //! itself; [`Quantize::record`] and [`Dequantize::record`] are the other way in.
 
+pub mod copy;
 pub mod dequantize;
 pub mod quantize;
 
+pub use copy::Copy;
 pub use dequantize::{Dequantize, DequantizeDesc};
 pub use quantize::{Quantize, QuantizeDesc};
 
@@ -18,23 +20,21 @@ use crate::formats::{Block, Element, MxSpec, ScaleFormat};
 pub fn all() -> Vec<Kernel> {
     let mut kernels = quantize::kernels();
     kernels.extend(dequantize::kernels());
+    kernels.extend(copy::kernels());
     kernels
 }
 
 /// Invocations of a workgroup. 256 is what every WebGPU device offers.
 pub(crate) const WORKGROUP: u32 = 256;
 
-/// Elements that one invocation encodes or decodes: they fill whole words.
-pub(crate) const fn unit(element: Element) -> u32 {
-    if element.bits() == 6 { 16 } else { 8 }
-}
+/// Elements of a line that one invocation encodes: they fill whole words in every format.
+pub(crate) const UNIT: u32 = 16;
 
 /// The constants that the fragments of `shaders/lib` share.
 pub(crate) fn format_constants(spec: MxSpec) -> Source {
     let element = spec.element;
     let (block, lines) = (spec.block.len() as u32, spec.block.lines() as u32);
     Source::new()
-        .constant("WG", WORKGROUP)
         .constant("BITS", element.bits())
         .constant("MANTISSA_BITS", element.mantissa_bits())
         .signed("EMIN", element.emin())
@@ -43,7 +43,7 @@ pub(crate) fn format_constants(spec: MxSpec) -> Source {
         .flag("IS_INT8", element == Element::Int8)
         .flag("IS_E5M2", element == Element::E5M2)
         .flag("TENSOR_SCALED", spec.scale == ScaleFormat::E4M3)
-        .constant("UNIT", unit(element))
+        .constant("UNIT", UNIT)
         .constant("BLOCK", block)
         .constant("BLOCK_LINES", lines)
 }

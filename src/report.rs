@@ -26,8 +26,7 @@ impl Clock {
 
 /// The clock that [`time`] uses on `ctx`.
 pub fn clock(ctx: &Context) -> Clock {
-    let wanted =
-        wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
+    let wanted = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
     match ctx.wgpu() {
         Some((device, _)) if device.features().contains(wanted) => Clock::Device,
         _ => Clock::Host,

@@ -33,7 +33,7 @@ impl Gpu {
     pub(crate) fn new(device: wgpu::Device, queue: wgpu::Queue, caps: Caps, own: bool) -> Gpu {
         let limits = device.limits();
         // Shaders index words by u32, and bytes of scales too.
-        let max_binding = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size) & !3;
+        let max_binding = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size) & !15;
         let lost = Arc::new(Mutex::new(None));
         if own {
             let lost = Arc::clone(&lost);
@@ -95,8 +95,8 @@ impl Gpu {
         self.checked(what, bytes, || {
             self.device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some(what),
-                // A binding must not be empty, and copies go by words.
-                size: bytes.next_multiple_of(4).max(16),
+                // A binding must not be empty, and shaders see whole vectors of 16 bytes.
+                size: bytes.next_multiple_of(16).max(16),
                 usage,
                 mapped_at_creation: false,
             })
@@ -135,7 +135,7 @@ impl Gpu {
         if bytes == 0 {
             return Ok(());
         }
-        let size = bytes.next_multiple_of(4).min(TRANSFER_BYTES);
+        let size = bytes.min(TRANSFER_BYTES);
         let staging = self.buffer(
             "mx.readback",
             size,

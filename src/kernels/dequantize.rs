@@ -12,7 +12,7 @@ use crate::engine::{Context, Stream};
 use crate::formats::{Axis, Layout, MxSpec, MxTensor, block};
 use crate::{Error, Result};
 
-use super::{WORKGROUP, all_specs, codec, format_constants, format_name, type_constants, unit};
+use super::{WORKGROUP, all_specs, codec, format_constants, format_name, type_constants};
 
 /// What [`Dequantize`] does.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -94,15 +94,14 @@ fn record_gpu(stream: &mut Stream<'_>, x: &DeviceMxTensor, out: &Tensor) -> Resu
                 continue;
             }
             let (params, invocations) = if contiguous {
-                let units =
-                    rows.len() as u64 * (layout.cols as u64 / u64::from(unit(layout.spec.element)));
+                let vectors = rows.len() as u64 * (out.data.row_bytes as u64 / 16);
                 let params = vec![
-                    units as u32,
+                    vectors as u32,
                     ((rows.start - codes.first) * layout.line_bytes() / 4) as u32,
                     ((rows.start - codes.first) * layout.blocks()) as u32,
-                    ((rows.start - ys.first) * out.cols) as u32,
+                    ((rows.start - ys.first) * out.data.row_bytes / 16) as u32,
                 ];
-                (params, units)
+                (params, vectors.div_ceil(u64::from(STEPS)))
             } else {
                 let params = vec![
                     ys.rows as u32,
@@ -114,7 +113,7 @@ fn record_gpu(stream: &mut Stream<'_>, x: &DeviceMxTensor, out: &Tensor) -> Resu
                     layout.blocks() as u32,
                     ys.first as u32,
                 ];
-                (params, (ys.rows as u64 * ys_words_per(out)).div_ceil(4))
+                (params, (ys.rows as u64 * out.data.row_bytes as u64).div_ceil(4))
             };
             stream.dispatch(
                 &variant.name(),
@@ -126,11 +125,6 @@ fn record_gpu(stream: &mut Stream<'_>, x: &DeviceMxTensor, out: &Tensor) -> Resu
         }
     }
     Ok(())
-}
-
-/// Bytes of a row of `out`.
-fn ys_words_per(out: &Tensor) -> u64 {
-    out.data.row_bytes as u64
 }
 
 fn run_cpu(x: &DeviceMxTensor, out: &mut Tensor) -> Result<()> {
@@ -198,6 +192,9 @@ fn twin(
 
 // ---- The shaders ---------------------------------------------------------------------------------------------------
 
+/// Vectors of 16 bytes that an invocation of `dequantize.wgsl` writes.
+const STEPS: u32 = 4;
+
 #[derive(Clone, Copy, Debug)]
 struct Variant {
     spec: MxSpec,
@@ -222,13 +219,11 @@ impl Variant {
 
     fn kernel(&self) -> Kernel {
         let source = type_constants(format_constants(self.spec), "Y_TYPE", self.dtype);
-        let source = codec(source, self.spec)
+        let source = codec(source.constant("WG", WORKGROUP), self.spec)
             .fragment(shader!("lib/round_nearest.wgsl"))
             .fragment(shader!("lib/narrow.wgsl"));
         let source = match self.form {
-            Form::Rows => source
-                .constant("UNIT_WORDS", unit(self.spec.element) * self.spec.element.bits() / 32)
-                .fragment(shader!("dequantize.wgsl")),
+            Form::Rows => source.constant("STEPS", STEPS).fragment(shader!("dequantize.wgsl")),
             Form::Any(axis) => source
                 .flag("TRANSPOSED", axis == Axis::Zero)
                 .fragment(shader!("dequantize_any.wgsl")),

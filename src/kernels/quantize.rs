@@ -9,9 +9,9 @@
 //! `shaders/amax.wgsl` (NVFP4).
 
 use crate::engine::buffer::{DType, DeviceMxTensor, Tensor};
-use crate::engine::shader::{Binding, Kernel, shader};
+use crate::engine::shader::{Binding, Kernel, Source, shader};
 use crate::engine::{Context, Stream, gpu::Gpu};
-use crate::formats::element::{INFINITY, Round};
+use crate::formats::element::{Element, INFINITY, Round};
 use crate::formats::scale::{self, carry_threshold};
 use crate::formats::{
     Axis, Block, Layout, MxSpec, MxTensor, Rounding, ScaleFormat, ScaleRule, block,
@@ -19,7 +19,7 @@ use crate::formats::{
 use crate::rng::{self, RoundingBits};
 use crate::{Error, Result};
 
-use super::{WORKGROUP, all_specs, codec, format_constants, format_name, type_constants, unit};
+use super::{UNIT, WORKGROUP, all_specs, codec, format_constants, format_name, type_constants};
 
 /// What [`Quantize`] does.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -176,7 +176,7 @@ impl Quantize {
             let vec4 = x.cols % 8 == 0;
             return Variant { spec, dtype: x.dtype, stochastic, form: Form::Tile { axis, vec4 } };
         }
-        let lanes = spec.block.len() as u32 / unit(spec.element);
+        let lanes = spec.block.len() as u32 / UNIT;
         let subgroup = gpu.device.features().contains(wgpu::Features::SUBGROUP)
             && gpu.caps.subgroups.is_some_and(|(min, _)| lanes <= min);
         let contiguous = x.cols % spec.block.len() == 0;
@@ -207,7 +207,7 @@ impl Quantize {
             x.cols as u32,
             layout.blocks() as u32,
             ((rows.start - xs.first) * x.cols) as u32,
-            ((rows.start - codes.first) * layout.line_bytes() / 4) as u32,
+            ((rows.start - codes.first) * line_units(&layout)) as u32,
             ((rows.start - codes.first) * layout.blocks() / 4) as u32,
             self.desc.carry(),
             self.desc.tensor_scale.map_or(0, f32::to_bits),
@@ -221,7 +221,7 @@ impl Quantize {
             0,
         ];
         let units = rows.len() as u64 * layout.blocks() as u64 * layout.spec.block.len() as u64
-            / u64::from(unit(layout.spec.element));
+            / u64::from(UNIT);
         stream.dispatch(
             &variant.name(),
             || variant.kernel(),
@@ -263,8 +263,8 @@ impl Quantize {
             cols.len() as u32,
             x.cols as u32,
             ((rows.start - xs.first) * x.cols + cols.start) as u32,
-            (layout.line_bytes() / 4) as u32,
-            (line * layout.line_bytes() / 4 + k * layout.spec.element.bits() as usize / 32) as u32,
+            line_units(&layout) as u32,
+            (line * line_units(&layout) + k / UNIT as usize) as u32,
             layout.blocks() as u32,
             (line / layout.spec.block.lines() * layout.blocks() + k / layout.spec.block.len())
                 as u32,
@@ -494,6 +494,14 @@ impl Job<'_> {
 
 // ---- The shaders ---------------------------------------------------------------------------------------------------
 
+/// Units of a line of codes.
+fn line_units(layout: &Layout) -> usize {
+    layout.blocks() * layout.spec.block.len() / UNIT as usize
+}
+
+/// Invocations of a workgroup of `quantize_tile.wgsl`: two groups of eight of a tile each.
+const TILE_WORKGROUP: u32 = 128;
+
 /// Rows and columns of a tile of `quantize_tile.wgsl`: 256 groups of eight, whole blocks along either axis.
 fn tile_shape(block: Block) -> [u32; 2] {
     match block {
@@ -547,12 +555,22 @@ impl Variant {
                 shader!("lib/round_nearest.wgsl")
             })
             .fragment(shader!("lib/threefry.wgsl"))
-            .fragment(shader!("lib/unit.wgsl"));
+            .fragment(shader!("lib/unit.wgsl"))
+            .fragment(match self.spec.element.bits() {
+                4 => shader!("lib/pack4.wgsl"),
+                6 => shader!("lib/pack6.wgsl"),
+                _ => shader!("lib/pack8.wgsl"),
+            })
+            .fragment(match (self.spec.element, self.spec.scale) {
+                (Element::E2M1, ScaleFormat::E8M0) => shader!("lib/encode_e2m1.wgsl"),
+                _ => shader!("lib/encode.wgsl"),
+            });
         let load =
             |vec4| if vec4 { shader!("lib/load_vec4.wgsl") } else { shader!("lib/load_any.wgsl") };
         let (source, features) = match self.form {
             Form::Rows { contiguous, subgroup } => (
                 source
+                    .constant("WG", WORKGROUP)
                     .flag("CONTIGUOUS", contiguous)
                     .fragment(load(contiguous))
                     .fragment(if subgroup {
@@ -568,6 +586,7 @@ impl Variant {
                 let bits = if self.stochastic { rows * (cols / 2 + 1) } else { 1 };
                 (
                     source
+                        .constant("WG", TILE_WORKGROUP)
                         .flag("TRANSPOSED", axis == Axis::Zero)
                         .constant("TILE_ROWS", rows)
                         .constant("TILE_COLS", cols)
@@ -588,7 +607,10 @@ impl Variant {
                 Binding::Write,
                 Binding::Write,
             ],
-            workgroup_size: WORKGROUP,
+            workgroup_size: match self.form {
+                Form::Rows { .. } => WORKGROUP,
+                Form::Tile { .. } => TILE_WORKGROUP,
+            },
             features,
         }
     }
@@ -602,9 +624,7 @@ fn amax_name(dtype: DType) -> String {
 }
 
 fn amax_kernel(dtype: DType) -> Kernel {
-    let source = crate::engine::shader::Source::new()
-        .constant("WG", WORKGROUP)
-        .constant("STEPS", AMAX_STEPS);
+    let source = Source::new().constant("WG", WORKGROUP).constant("STEPS", AMAX_STEPS);
     Kernel {
         name: amax_name(dtype),
         wgsl: type_constants(source, "X_TYPE", dtype)
