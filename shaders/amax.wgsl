@@ -43,6 +43,8 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
             }
         }
     }
+    if (lane == 0u) { atomicStore(&wg_amax, 0u); }
+    workgroupBarrier();
     atomicMax(&wg_amax, amax);
     workgroupBarrier();
     if (lane == 0u) { atomicMax(&state[1], atomicLoad(&wg_amax)); }

@@ -21,15 +21,16 @@ struct Params {
 const PER_VECTOR = select(8u, 4u, Y_TYPE == X_F32);
 const CODES = 1u << BITS;
 
-// The f32 bits of every code without a scale.
-var<workgroup> wg_values: array<u32, CODES>;
+// The f32 bits of every code without a scale, and whether a scale changes them: 0 for zero, infinity and NaN, else 1.
+var<workgroup> wg_values: array<vec2<u32>, CODES>;
 
-// A code under an E8M0 scale: adds to the exponent, where all of a format's values stay normal.
-fn scaled(code: u32, scale: u32, ts: u32) -> u32 {
-    if (TENSOR_SCALED || scale < 17u || scale > 238u) { return mx_decode(code, scale, ts); }
+// Whether every value of the format is normal in f32 under this scale.
+fn in_range(scale: u32) -> bool { return !TENSOR_SCALED && scale >= 17u && scale <= 238u; }
+
+// A code under an E8M0 scale in range: adds to the exponent.
+fn scaled(code: u32, scale: u32) -> u32 {
     let value = wg_values[code];
-    let special = (value & 0x7f800000u) - 1u >= 0x7f7fffffu;    // zero, infinity, NaN
-    return value + select((scale - 127u) << 23u, 0u, special);
+    return value.x + value.y * ((scale - 127u) << 23u);
 }
 
 // 4 · BITS bits of the codes from element `at` on.
@@ -43,14 +44,27 @@ fn stream4(at: u32) -> u32 {
 
 fn decode4(stream: u32, scale: u32, ts: u32) -> vec4<u32> {
     const MASK = CODES - 1u;
-    return vec4<u32>(scaled(stream & MASK, scale, ts), scaled((stream >> BITS) & MASK, scale, ts),
-                     scaled((stream >> (2u * BITS)) & MASK, scale, ts), scaled((stream >> (3u * BITS)) & MASK, scale, ts));
+    let c = vec4<u32>(stream & MASK, (stream >> BITS) & MASK, (stream >> (2u * BITS)) & MASK, (stream >> (3u * BITS)) & MASK);
+    if (in_range(scale)) {
+        return vec4<u32>(scaled(c.x, scale), scaled(c.y, scale), scaled(c.z, scale), scaled(c.w, scale));
+    }
+    return vec4<u32>(mx_decode(c.x, scale, ts), mx_decode(c.y, scale, ts), mx_decode(c.z, scale, ts), mx_decode(c.w, scale, ts));
+}
+
+// Two values as 16 bits each. What is in range for bf16 is exact in it: no format has more than seven significant bits.
+fn narrow2(a: u32, b: u32, scale: u32) -> u32 {
+    if (Y_TYPE == X_BF16 && in_range(scale)) { return (a >> 16u) | (b & 0xffff0000u); }
+    return narrow(a) | (narrow(b) << 16u);
 }
 
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3<u32>,
         @builtin(local_invocation_index) lane: u32) {
-    if (!TENSOR_SCALED && lane < CODES) { wg_values[lane] = mx_decode(lane, 127u, 0u); }
+    if (!TENSOR_SCALED && lane < CODES) {
+        let value = mx_decode(lane, 127u, 0u);
+        let exponent = value & F32_INFINITY;
+        wg_values[lane] = vec2<u32>(value, u32(exponent != 0u && exponent != F32_INFINITY));
+    }
     workgroupBarrier();
     var ts = 0u;
     if (TENSOR_SCALED) { ts = state[2]; }
@@ -65,8 +79,8 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
             y[p.y_offset + vector] = a;
         } else {
             let b = decode4(stream4(at + 4u), scale, ts);
-            y[p.y_offset + vector] = vec4<u32>(narrow(a.x) | (narrow(a.y) << 16u), narrow(a.z) | (narrow(a.w) << 16u),
-                                               narrow(b.x) | (narrow(b.y) << 16u), narrow(b.z) | (narrow(b.w) << 16u));
+            y[p.y_offset + vector] = vec4<u32>(narrow2(a.x, a.y, scale), narrow2(a.z, a.w, scale),
+                                               narrow2(b.x, b.y, scale), narrow2(b.z, b.w, scale));
         }
     }
 }

@@ -31,17 +31,6 @@ const WG_BLOCKS = WG / LANES;
 
 var<workgroup> wg_scales: array<u32, WG_BLOCKS>;
 
-// Eight elements from column `col` on; zero beyond the row.
-fn load_row(row: u32, col: u32) -> array<u32, 8> {
-    var v = array<u32, 8>();
-    let at = p.x_offset + row * p.cols + col;
-    if (col + 8u <= p.cols) { return load8(at); }
-    for (var j = 0u; j < 8u; j++) {
-        if (col + j < p.cols) { v[j] = load1(at + j); }
-    }
-    return v;
-}
-
 @compute @workgroup_size(WG)
 fn main(in: Invocation) {
     let lane = invocation_lane(in);
@@ -63,8 +52,9 @@ fn main(in: Invocation) {
             a = load8(p.x_offset + unit * UNIT);
             b = load8(p.x_offset + unit * UNIT + 8u);
         } else {
-            a = load_row(row, col);
-            b = load_row(row, col + 8u);
+            let at = p.x_offset + row * p.cols + col;
+            a = load8_within(at, col, p.cols);
+            b = load8_within(at + 8u, col + 8u, p.cols);
         }
     }
     let amax = block_amax(max(amax8(a), amax8(b)), lane);
@@ -83,13 +73,13 @@ fn main(in: Invocation) {
     if (live) {
         var c = Codes();
         if (scale != SCALE_NAN) {
-            var ra = vec4<u32>();
-            var rb = vec4<u32>();
+            var ra = array<u32, 8>();
+            var rb = array<u32, 8>();
             if (STOCHASTIC) {
                 var group = unit * 2u;
                 if (!CONTIGUOUS) { group = row * p.groups + col / 8u; }
-                ra = threefry_group(p.counter, group, p.key);
-                rb = threefry_group(p.counter, group + 1u, p.key);
+                ra = threefry_halves(threefry_group(p.counter, group, p.key));
+                rb = threefry_halves(threefry_group(p.counter, group + 1u, p.key));
             }
             c = encode16(a, b, scale, ts, ra, rb);
         }

@@ -27,9 +27,14 @@ fn threefry4x32(counter: vec4<u32>, key: vec4<u32>) -> vec4<u32> {
     return x;
 }
 
-// 16-bit halves for the eight elements of group `index` past the 64-bit base.
+// The random halves of the eight elements of group `index` past the 64-bit base, low halves first.
 fn threefry_group(base: vec2<u32>, index: u32, key: vec4<u32>) -> vec4<u32> {
     let low = base.x + index;
     let high = base.y + u32(low < index);
     return threefry4x32(vec4<u32>(low, high, 0u, 0u), key);
+}
+
+// The same, each in the upper 16 bits of a word.
+fn threefry_halves(w: vec4<u32>) -> array<u32, 8> {
+    return array<u32, 8>(w.x << 16u, w.x, w.y << 16u, w.y, w.z << 16u, w.z, w.w << 16u, w.w);
 }

@@ -265,8 +265,8 @@ impl Gpu {
             module: &module,
             entry_point: Some("main"),
             compilation_options: wgpu::PipelineCompilationOptions {
-                // Workgroup memory starts as zero: amax_workgroup.wgsl relies on it.
-                zero_initialize_workgroup_memory: true,
+                // Every kernel writes its workgroup memory before it reads it.
+                zero_initialize_workgroup_memory: false,
                 ..Default::default()
             },
             cache: None,

@@ -52,7 +52,7 @@ impl Copy {
                 kernel,
                 &[vectors as u32],
                 &[from.buffer, to.buffer],
-                vectors.div_ceil(u64::from(WORKGROUP)),
+                vectors.div_ceil(u64::from(4 * WORKGROUP)),
             )?;
         }
         Ok(())

@@ -5,17 +5,15 @@
 //! (0xFF; NVFP4 0x7F) and zero codes, and is counted ([`Context::nonfinite_blocks`]). An all-zero block gets scale 0
 //! and codes that keep each zero's sign. What a block's last row or column lacks counts as zero.
 //!
-//! Shaders: `shaders/quantize.wgsl` (vector blocks along rows), `shaders/quantize_tile.wgsl` (all others),
-//! `shaders/amax.wgsl` (NVFP4).
+//! Shaders: `shaders/quantize.wgsl` (vector blocks along rows), `shaders/quantize_square.wgsl` (square blocks along
+//! rows), `shaders/quantize_columns.wgsl` (all blocks down the columns), `shaders/amax.wgsl` (NVFP4).
 
 use crate::engine::buffer::{DType, DeviceMxTensor, Tensor};
 use crate::engine::shader::{Binding, Kernel, Source, shader};
 use crate::engine::{Context, Stream, gpu::Gpu};
 use crate::formats::element::{Element, INFINITY, Round};
 use crate::formats::scale::{self, carry_threshold};
-use crate::formats::{
-    Axis, Block, Layout, MxSpec, MxTensor, Rounding, ScaleFormat, ScaleRule, block,
-};
+use crate::formats::{Axis, Layout, MxSpec, MxTensor, Rounding, ScaleFormat, ScaleRule, block};
 use crate::rng::{self, RoundingBits};
 use crate::{Error, Result};
 
@@ -281,7 +279,7 @@ impl Quantize {
             0,
             0,
         ];
-        let [tile_rows, tile_cols] = tile_shape(layout.spec.block);
+        let [tile_rows, tile_cols, _] = tile(layout.spec, layout.axis);
         let tiles = rows.len().div_ceil(tile_rows as usize) as u64
             * cols.len().div_ceil(tile_cols as usize) as u64;
         stream.dispatch(&variant.name(), || variant.kernel(), &params, &buffers, tiles)
@@ -499,14 +497,13 @@ fn line_units(layout: &Layout) -> usize {
     layout.blocks() * layout.spec.block.len() / UNIT as usize
 }
 
-/// Invocations of a workgroup of `quantize_tile.wgsl`: two groups of eight of a tile each.
-const TILE_WORKGROUP: u32 = 128;
-
-/// Rows and columns of a tile of `quantize_tile.wgsl`: 256 groups of eight, whole blocks along either axis.
-fn tile_shape(block: Block) -> [u32; 2] {
-    match block {
-        Block::Vector(128) => [128, 16],
-        _ => [64, 32],
+/// Rows and columns of a workgroup's tile, and its invocations: one unit each in `quantize_square.wgsl`, a part of 16
+/// rows and four columns in `quantize_columns.wgsl`. A tile holds whole blocks.
+fn tile(spec: MxSpec, axis: Axis) -> [u32; 3] {
+    match axis {
+        Axis::Zero if spec.block.lines() > 1 => [64, 32, 32],
+        Axis::Zero => [128, 16, 32],
+        Axis::One => [32, 128, 256],
     }
 }
 
@@ -582,17 +579,19 @@ impl Variant {
                 if subgroup { wgpu::Features::SUBGROUP } else { wgpu::Features::empty() },
             ),
             Form::Tile { axis, vec4 } => {
-                let [rows, cols] = tile_shape(self.spec.block);
-                let bits = if self.stochastic { rows * (cols / 2 + 1) } else { 1 };
+                let [rows, cols, invocations] = tile(self.spec, axis);
                 (
                     source
-                        .constant("WG", TILE_WORKGROUP)
-                        .flag("TRANSPOSED", axis == Axis::Zero)
+                        .constant("WG", invocations)
                         .constant("TILE_ROWS", rows)
                         .constant("TILE_COLS", cols)
-                        .constant("TILE_BITS", bits)
+                        .constant("DRAWS", if self.stochastic { rows * cols / 2 } else { 1 })
                         .fragment(load(vec4))
-                        .fragment(shader!("quantize_tile.wgsl")),
+                        .fragment(shader!("lib/tile.wgsl"))
+                        .fragment(match axis {
+                            Axis::Zero => shader!("quantize_columns.wgsl"),
+                            Axis::One => shader!("quantize_square.wgsl"),
+                        }),
                     wgpu::Features::empty(),
                 )
             }
@@ -609,7 +608,7 @@ impl Variant {
             ],
             workgroup_size: match self.form {
                 Form::Rows { .. } => WORKGROUP,
-                Form::Tile { .. } => TILE_WORKGROUP,
+                Form::Tile { axis, .. } => tile(self.spec, axis)[2],
             },
             features,
         }
