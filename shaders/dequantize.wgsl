@@ -2,7 +2,7 @@
 // Layout:   codes[rows · cols · BITS/32 words] · scales[rows · blocks bytes] · y[rows, cols], cols % BLOCK == 0
 // Numerics: exact in f32 (MX) or rounded once (NVFP4), to infinity above f32's range; then rounded to nearest
 //           even for f16 and bf16. Integer-only; bit-exact with the twin.
-// Dispatch: ceil(vectors / (WG · STEPS)) workgroups, spread over x and y; consecutive invocations write consecutive vectors
+// Dispatch: ceil(vectors / (WG · STEPS)) workgroups, STEPS = 4, spread over x and y; consecutive invocations write consecutive vectors
 // Twin:     src/kernels/dequantize.rs
 
 struct Params {
@@ -57,30 +57,49 @@ fn narrow2(a: u32, b: u32, scale: u32) -> u32 {
     return narrow(a) | (narrow(b) << 16u);
 }
 
+// What a vector of y is made of.
+struct Fetched { low: u32, high: u32, scale: u32 }
+
+fn fetch(vector: u32) -> Fetched {
+    // Beyond the end: the last vector once more, not to be stored.
+    let at = min(vector, p.vectors - 1u) * PER_VECTOR;
+    let block = p.scales_offset + at / BLOCK;
+    let scale = (scales[block / 4u] >> (8u * (block % 4u))) & 0xffu;
+    if (Y_TYPE == X_F32) { return Fetched(stream4(at), 0u, scale); }
+    return Fetched(stream4(at), stream4(at + 4u), scale);
+}
+
+fn store(vector: u32, f: Fetched, ts: u32) {
+    if (vector >= p.vectors) { return; }
+    let a = decode4(f.low, f.scale, ts);
+    if (Y_TYPE == X_F32) {
+        y[p.y_offset + vector] = a;
+    } else {
+        let b = decode4(f.high, f.scale, ts);
+        y[p.y_offset + vector] = vec4<u32>(narrow2(a.x, a.y, f.scale), narrow2(a.z, a.w, f.scale),
+                                           narrow2(b.x, b.y, f.scale), narrow2(b.z, b.w, f.scale));
+    }
+}
+
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3<u32>,
         @builtin(local_invocation_index) lane: u32) {
+    // All loads before the first store.
+    let v = (wg.y * wgs.x + wg.x) * STEPS * WG + lane;
+    let f0 = fetch(v);
+    let f1 = fetch(v + WG);
+    let f2 = fetch(v + 2u * WG);
+    let f3 = fetch(v + 3u * WG);
+    var ts = 0u;
+    if (TENSOR_SCALED) { ts = state[2]; }
     if (!TENSOR_SCALED && lane < CODES) {
         let value = mx_decode(lane, 127u, 0u);
         let exponent = value & F32_INFINITY;
         wg_values[lane] = vec2<u32>(value, u32(exponent != 0u && exponent != F32_INFINITY));
     }
     workgroupBarrier();
-    var ts = 0u;
-    if (TENSOR_SCALED) { ts = state[2]; }
-    for (var step = 0u; step < STEPS; step++) {
-        let vector = ((wg.y * wgs.x + wg.x) * STEPS + step) * WG + lane;
-        if (vector >= p.vectors) { return; }
-        let at = vector * PER_VECTOR;
-        let block = p.scales_offset + at / BLOCK;
-        let scale = (scales[block / 4u] >> (8u * (block % 4u))) & 0xffu;
-        let a = decode4(stream4(at), scale, ts);
-        if (Y_TYPE == X_F32) {
-            y[p.y_offset + vector] = a;
-        } else {
-            let b = decode4(stream4(at + 4u), scale, ts);
-            y[p.y_offset + vector] = vec4<u32>(narrow2(a.x, a.y, scale), narrow2(a.z, a.w, scale),
-                                               narrow2(b.x, b.y, scale), narrow2(b.z, b.w, scale));
-        }
-    }
+    store(v, f0, ts);
+    store(v + WG, f1, ts);
+    store(v + 2u * WG, f2, ts);
+    store(v + 3u * WG, f3, ts);
 }

@@ -57,6 +57,15 @@ fn main(in: Invocation) {
             b = load8_within(at + 8u, col + 8u, p.cols);
         }
     }
+    // Drawn here, while the loads are on their way.
+    var ra = array<u32, 8>();
+    var rb = array<u32, 8>();
+    if (STOCHASTIC) {
+        var group = unit * 2u;
+        if (!CONTIGUOUS) { group = row * p.groups + col / 8u; }
+        ra = threefry_halves(threefry_group(p.counter, group, p.key));
+        rb = threefry_halves(threefry_group(p.counter, group + 1u, p.key));
+    }
     let amax = block_amax(max(amax8(a), amax8(b)), lane);
 
     var ts = p.tensor_scale;
@@ -72,17 +81,7 @@ fn main(in: Invocation) {
 
     if (live) {
         var c = Codes();
-        if (scale != SCALE_NAN) {
-            var ra = array<u32, 8>();
-            var rb = array<u32, 8>();
-            if (STOCHASTIC) {
-                var group = unit * 2u;
-                if (!CONTIGUOUS) { group = row * p.groups + col / 8u; }
-                ra = threefry_halves(threefry_group(p.counter, group, p.key));
-                rb = threefry_halves(threefry_group(p.counter, group + 1u, p.key));
-            }
-            c = encode16(a, b, scale, ts, ra, rb);
-        }
+        if (scale != SCALE_NAN) { c = encode16(a, b, scale, ts, ra, rb); }
         codes_store(p.codes_offset + unit, c);
     }
 

@@ -34,42 +34,27 @@ const TILE_PARTS = TILE_COLS / PART_COLS;           // across
 const LINE_BLOCKS = TILE_ROWS / BLOCK;
 const TILE_BLOCKS = TILE_COLS / BLOCK_LINES * LINE_BLOCKS;
 
-// Every invocation's own part, element by element, so that a subgroup's accesses fall into different banks.
-var<workgroup> wg_part: array<u32, WG * PART_ROWS * PART_COLS>;
-// Random words: four for each row and each group of eight columns, that is for two neighbours. They draw half each.
-var<workgroup> wg_draws: array<u32, DRAWS>;
+// The random half of each of eight rows in one column, in the upper 16 bits.
+fn column8(d: Draws, row: u32, col: u32) -> array<u32, 8> {
+    let w = col / 2u;
+    let shift = 16u * (1u - col % 2u);
+    return array<u32, 8>(d[row][w] << shift, d[row + 1u][w] << shift, d[row + 2u][w] << shift, d[row + 3u][w] << shift,
+                         d[row + 4u][w] << shift, d[row + 5u][w] << shift, d[row + 6u][w] << shift, d[row + 7u][w] << shift);
+}
 
-fn draw_index(pair: u32, row: u32, word: u32) -> u32 { return (row * 4u + word) * (WG / 2u) + pair; }
+fn load_part(row: u32, col: u32) -> array<u32, 4> {
+    if (row < p.rows) { return load4_within(p.x_offset + row * p.pitch + col, col, p.cols); }
+    return array<u32, 4>();
+}
 
 // The block of a column and row within the tile.
 fn tile_block(in_col: u32, in_row: u32) -> u32 { return in_col / BLOCK_LINES * LINE_BLOCKS + in_row / BLOCK; }
 
-// Eight elements of a column of this invocation's part.
-fn part8(lane: u32, row: u32, col: u32) -> array<u32, 8> {
-    let at = (row * PART_COLS + col) * WG + lane;
-    const STEP = PART_COLS * WG;
-    return array<u32, 8>(wg_part[at], wg_part[at + STEP], wg_part[at + 2u * STEP], wg_part[at + 3u * STEP],
-                         wg_part[at + 4u * STEP], wg_part[at + 5u * STEP], wg_part[at + 6u * STEP], wg_part[at + 7u * STEP]);
-}
-
-// Their random halves, in the upper 16 bits.
-fn draws8(lane: u32, row: u32, col: u32) -> array<u32, 8> {
-    if (!STOCHASTIC) { return array<u32, 8>(); }
-    let word = lane % 2u * 2u + col / 2u;
-    let shift = 16u * (1u - col % 2u);
-    let at = draw_index(lane / 2u, row, word);
-    const STEP = 2u * WG;
-    return array<u32, 8>(wg_draws[at] << shift, wg_draws[at + STEP] << shift,
-                         wg_draws[at + 2u * STEP] << shift, wg_draws[at + 3u * STEP] << shift,
-                         wg_draws[at + 4u * STEP] << shift, wg_draws[at + 5u * STEP] << shift,
-                         wg_draws[at + 6u * STEP] << shift, wg_draws[at + 7u * STEP] << shift);
-}
-
 @compute @workgroup_size(WG)
-fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3<u32>,
-        @builtin(local_invocation_index) lane: u32) {
+fn main(in: Invocation) {
+    let lane = invocation_lane(in);
     let tiles = (p.cols + TILE_COLS - 1u) / TILE_COLS;
-    let tile = wg.y * wgs.x + wg.x;
+    let tile = in.wg.y * in.wgs.x + in.wg.x;
     let in_row = lane / TILE_PARTS * PART_ROWS;
     let in_col = lane % TILE_PARTS * PART_COLS;
     let row0 = tile / tiles * TILE_ROWS + in_row;
@@ -77,48 +62,57 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     tile_clear(lane);
     workgroupBarrier();
 
-    var amax = vec4<u32>();
-    for (var i = 0u; i < PART_ROWS; i++) {
-        var v = array<u32, 4>();
-        if (row0 + i < p.rows) { v = load4_within(p.x_offset + (row0 + i) * p.pitch + col0, col0, p.cols); }
-        let at = i * PART_COLS * WG + lane;
-        wg_part[at] = v[0];
-        wg_part[at + WG] = v[1];
-        wg_part[at + 2u * WG] = v[2];
-        wg_part[at + 3u * WG] = v[3];
-        amax = max(amax, vec4<u32>(v[0], v[1], v[2], v[3]) << vec4<u32>(1u));
-    }
-    amax = amax >> vec4<u32>(1u);
-    atomicMax(&wg_amax[tile_block(in_col, in_row)], amax.x);
-    atomicMax(&wg_amax[tile_block(in_col + 1u, in_row)], amax.y);
-    atomicMax(&wg_amax[tile_block(in_col + 2u, in_row)], amax.z);
-    atomicMax(&wg_amax[tile_block(in_col + 3u, in_row)], amax.w);
-    if (STOCHASTIC) {
-        let half = lane % 2u * (PART_ROWS / 2u);
-        for (var i = 0u; i < PART_ROWS / 2u; i++) {
-            let bits = threefry_group(p.counter, (row0 + half + i) * p.groups + col0 / 8u, p.key);
-            wg_draws[draw_index(lane / 2u, half + i, 0u)] = bits.x;
-            wg_draws[draw_index(lane / 2u, half + i, 1u)] = bits.y;
-            wg_draws[draw_index(lane / 2u, half + i, 2u)] = bits.z;
-            wg_draws[draw_index(lane / 2u, half + i, 3u)] = bits.w;
-        }
-    }
+    // Written out: the part lives in registers, and indices must be constant for that.
+    let v0 = load_part(row0 + 0u, col0);
+    let v1 = load_part(row0 + 1u, col0);
+    let v2 = load_part(row0 + 2u, col0);
+    let v3 = load_part(row0 + 3u, col0);
+    let v4 = load_part(row0 + 4u, col0);
+    let v5 = load_part(row0 + 5u, col0);
+    let v6 = load_part(row0 + 6u, col0);
+    let v7 = load_part(row0 + 7u, col0);
+    let v8 = load_part(row0 + 8u, col0);
+    let v9 = load_part(row0 + 9u, col0);
+    let v10 = load_part(row0 + 10u, col0);
+    let v11 = load_part(row0 + 11u, col0);
+    let v12 = load_part(row0 + 12u, col0);
+    let v13 = load_part(row0 + 13u, col0);
+    let v14 = load_part(row0 + 14u, col0);
+    let v15 = load_part(row0 + 15u, col0);
+    let random = draw_part(row0, col0, lane);
+    let a0 = array<u32, 8>(v0[0], v1[0], v2[0], v3[0], v4[0], v5[0], v6[0], v7[0]);
+    let b0 = array<u32, 8>(v8[0], v9[0], v10[0], v11[0], v12[0], v13[0], v14[0], v15[0]);
+    atomicMax(&wg_amax[tile_block(in_col + 0u, in_row)], max(amax8(a0), amax8(b0)));
+    let a1 = array<u32, 8>(v0[1], v1[1], v2[1], v3[1], v4[1], v5[1], v6[1], v7[1]);
+    let b1 = array<u32, 8>(v8[1], v9[1], v10[1], v11[1], v12[1], v13[1], v14[1], v15[1]);
+    atomicMax(&wg_amax[tile_block(in_col + 1u, in_row)], max(amax8(a1), amax8(b1)));
+    let a2 = array<u32, 8>(v0[2], v1[2], v2[2], v3[2], v4[2], v5[2], v6[2], v7[2]);
+    let b2 = array<u32, 8>(v8[2], v9[2], v10[2], v11[2], v12[2], v13[2], v14[2], v15[2]);
+    atomicMax(&wg_amax[tile_block(in_col + 2u, in_row)], max(amax8(a2), amax8(b2)));
+    let a3 = array<u32, 8>(v0[3], v1[3], v2[3], v3[3], v4[3], v5[3], v6[3], v7[3]);
+    let b3 = array<u32, 8>(v8[3], v9[3], v10[3], v11[3], v12[3], v13[3], v14[3], v15[3]);
+    atomicMax(&wg_amax[tile_block(in_col + 3u, in_row)], max(amax8(a3), amax8(b3)));
     workgroupBarrier();
 
     // Units of the last block's padding are written too.
     if (row0 / BLOCK * BLOCK >= p.rows) { return; }
     let ts = tile_tensor_scale(p.tensor_scale, p.first == 1u && tile == 0u && lane == 0u);
-    for (var c = 0u; c < PART_COLS; c++) {
-        let col = col0 + c;
-        if (col >= p.cols) { return; }
-        let scale = scale_from_amax(atomicLoad(&wg_amax[tile_block(in_col + c, in_row)]), p.carry, ts);
-        if (in_row % BLOCK == 0u && col % BLOCK_LINES == 0u) {
-            tile_put_scale(p.scales_offset + col / BLOCK_LINES * p.blocks + row0 / BLOCK, scale);
-        }
-        var unit = Codes();
-        if (scale != SCALE_NAN) {
-            unit = encode16(part8(lane, 0u, c), part8(lane, 8u, c), scale, ts, draws8(lane, 0u, c), draws8(lane, 8u, c));
-        }
-        codes_store(p.codes_offset + col * p.line_units + row0 / UNIT, unit);
+    put_column(0u, in_col, in_row, col0, row0, ts, a0, b0, column8(random, 0u, 0u), column8(random, 8u, 0u));
+    put_column(1u, in_col, in_row, col0, row0, ts, a1, b1, column8(random, 0u, 1u), column8(random, 8u, 1u));
+    put_column(2u, in_col, in_row, col0, row0, ts, a2, b2, column8(random, 0u, 2u), column8(random, 8u, 2u));
+    put_column(3u, in_col, in_row, col0, row0, ts, a3, b3, column8(random, 0u, 3u), column8(random, 8u, 3u));
+}
+
+// Encodes and writes one column's unit, and its block's scale if it is the first of the block.
+fn put_column(c: u32, in_col: u32, in_row: u32, col0: u32, row0: u32, ts: u32, a: array<u32, 8>, b: array<u32, 8>,
+              ra: array<u32, 8>, rb: array<u32, 8>) {
+    let col = col0 + c;
+    if (col >= p.cols) { return; }
+    let scale = scale_from_amax(atomicLoad(&wg_amax[tile_block(in_col + c, in_row)]), p.carry, ts);
+    if (in_row % BLOCK == 0u && col % BLOCK_LINES == 0u) {
+        tile_put_scale(p.scales_offset + col / BLOCK_LINES * p.blocks + row0 / BLOCK, scale);
     }
+    var unit = Codes();
+    if (scale != SCALE_NAN) { unit = encode16(a, b, scale, ts, ra, rb); }
+    codes_store(p.codes_offset + col * p.line_units + row0 / UNIT, unit);
 }

@@ -50,6 +50,14 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         a = load8_within(at, col, p.cols);
         b = load8_within(at + 8u, col + 8u, p.cols);
     }
+    // Drawn here, while the loads are on their way.
+    var ra = array<u32, 8>();
+    var rb = array<u32, 8>();
+    if (STOCHASTIC) {
+        let group = row * p.groups + col / 8u;
+        ra = threefry_halves(threefry_group(p.counter, group, p.key));
+        rb = threefry_halves(threefry_group(p.counter, group + 1u, p.key));
+    }
     let block = in_row / BLOCK * ROW_BLOCKS + in_col / BLOCK;
     atomicMax(&wg_amax[block], max(amax8(a), amax8(b)));
     workgroupBarrier();
@@ -62,15 +70,6 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         tile_put_scale(p.scales_offset + row / BLOCK * p.blocks + col / BLOCK, scale);
     }
     var c = Codes();
-    if (scale != SCALE_NAN) {
-        var ra = array<u32, 8>();
-        var rb = array<u32, 8>();
-        if (STOCHASTIC) {
-            let group = row * p.groups + col / 8u;
-            ra = threefry_halves(threefry_group(p.counter, group, p.key));
-            rb = threefry_halves(threefry_group(p.counter, group + 1u, p.key));
-        }
-        c = encode16(a, b, scale, ts, ra, rb);
-    }
+    if (scale != SCALE_NAN) { c = encode16(a, b, scale, ts, ra, rb); }
     codes_store(p.codes_offset + row * p.line_units + col / UNIT, c);
 }

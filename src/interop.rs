@@ -1,1 +1,4 @@
 //! Files of other projects.
+
+#[cfg(feature = "safetensors")]
+pub mod safetensors;

@@ -2,17 +2,6 @@
 // no larger than the smallest subgroup, and `lane` numbers the invocations subgroup by subgroup.
 // Same result as lib/amax_workgroup.wgsl: the maximum of integers.
 
-struct Invocation {
-    @builtin(workgroup_id) wg: vec3<u32>,
-    @builtin(num_workgroups) wgs: vec3<u32>,
-    @builtin(subgroup_size) subgroup_size: u32,
-    @builtin(subgroup_id) subgroup: u32,
-    @builtin(subgroup_invocation_id) invocation: u32,
-}
-
-// WGSL does not promise that local_invocation_index numbers a subgroup's invocations consecutively.
-fn invocation_lane(in: Invocation) -> u32 { return in.subgroup * in.subgroup_size + in.invocation; }
-
 fn block_amax(own: u32, lane: u32) -> u32 {
     var amax = own;
     if (LANES > 1u) { amax = max(amax, subgroupShuffleXor(amax, 1u)); }

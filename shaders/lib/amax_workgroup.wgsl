@@ -1,14 +1,6 @@
 // The largest value among the LANES invocations of a block, by workgroup memory: for adapters without
 // subgroups, or with subgroups smaller than a block. Same result as lib/amax_subgroup.wgsl.
 
-struct Invocation {
-    @builtin(workgroup_id) wg: vec3<u32>,
-    @builtin(num_workgroups) wgs: vec3<u32>,
-    @builtin(local_invocation_index) local: u32,
-}
-
-fn invocation_lane(in: Invocation) -> u32 { return in.local; }
-
 var<workgroup> wg_amax: array<atomic<u32>, WG_BLOCKS>;
 
 fn block_amax(own: u32, lane: u32) -> u32 {

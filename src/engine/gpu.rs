@@ -84,6 +84,12 @@ impl Gpu {
         }
     }
 
+    /// Whether `lanes` neighbouring invocations, a power of two, always share a subgroup.
+    pub(crate) fn has_subgroups(&self, lanes: u32) -> bool {
+        self.device.features().contains(wgpu::Features::SUBGROUP)
+            && self.caps.subgroups.is_some_and(|(min, _)| lanes <= min)
+    }
+
     pub(crate) fn create_buffer(&self, what: &str, bytes: u64) -> Result<wgpu::Buffer> {
         self.buffer(what, bytes, {
             use wgpu::BufferUsages as Usage;

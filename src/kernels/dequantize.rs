@@ -193,7 +193,7 @@ fn twin(
 // ---- The shaders ---------------------------------------------------------------------------------------------------
 
 /// Vectors of 16 bytes that an invocation of `dequantize.wgsl` writes.
-const STEPS: u32 = 8;
+const STEPS: u32 = 4;
 
 #[derive(Clone, Copy, Debug)]
 struct Variant {

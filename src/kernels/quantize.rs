@@ -172,11 +172,13 @@ impl Quantize {
         let stochastic = rounding != Rounding::NearestEven;
         if Variant::is_tiled(spec, axis) {
             let vec4 = x.cols % 8 == 0;
-            return Variant { spec, dtype: x.dtype, stochastic, form: Form::Tile { axis, vec4 } };
+            // Only where columns are drawn for do invocations exchange anything.
+            let subgroup = stochastic && axis == Axis::Zero && gpu.has_subgroups(2);
+            let form = Form::Tile { axis, vec4, subgroup };
+            return Variant { spec, dtype: x.dtype, stochastic, form };
         }
         let lanes = spec.block.len() as u32 / UNIT;
-        let subgroup = gpu.device.features().contains(wgpu::Features::SUBGROUP)
-            && gpu.caps.subgroups.is_some_and(|(min, _)| lanes <= min);
+        let subgroup = gpu.has_subgroups(lanes);
         let contiguous = x.cols % spec.block.len() == 0;
         Variant { spec, dtype: x.dtype, stochastic, form: Form::Rows { contiguous, subgroup } }
     }
@@ -279,7 +281,7 @@ impl Quantize {
             0,
             0,
         ];
-        let [tile_rows, tile_cols, _] = tile(layout.spec, layout.axis);
+        let [tile_rows, tile_cols, _] = tile(layout.axis);
         let tiles = rows.len().div_ceil(tile_rows as usize) as u64
             * cols.len().div_ceil(tile_cols as usize) as u64;
         stream.dispatch(&variant.name(), || variant.kernel(), &params, &buffers, tiles)
@@ -499,10 +501,9 @@ fn line_units(layout: &Layout) -> usize {
 
 /// Rows and columns of a workgroup's tile, and its invocations: one unit each in `quantize_square.wgsl`, a part of 16
 /// rows and four columns in `quantize_columns.wgsl`. A tile holds whole blocks.
-fn tile(spec: MxSpec, axis: Axis) -> [u32; 3] {
+const fn tile(axis: Axis) -> [u32; 3] {
     match axis {
-        Axis::Zero if spec.block.lines() > 1 => [64, 32, 32],
-        Axis::Zero => [128, 16, 32],
+        Axis::Zero => [128, 32, 64],
         Axis::One => [32, 128, 256],
     }
 }
@@ -520,7 +521,7 @@ enum Form {
     /// Vector blocks along rows; contiguous: rows are whole blocks.
     Rows { contiguous: bool, subgroup: bool },
     /// Everything else; vec4: rows are whole groups of eight.
-    Tile { axis: Axis, vec4: bool },
+    Tile { axis: Axis, vec4: bool, subgroup: bool },
 }
 
 impl Variant {
@@ -536,9 +537,11 @@ impl Variant {
                 if contiguous { "contiguous" } else { "ragged" },
                 if subgroup { "subgroup" } else { "workgroup" }
             ),
-            Form::Tile { axis, vec4 } => {
-                format!("axis{axis}.{}", if vec4 { "vec4" } else { "ragged" })
-            }
+            Form::Tile { axis, vec4, subgroup } => format!(
+                "axis{axis}.{}.{}",
+                if vec4 { "vec4" } else { "ragged" },
+                if subgroup { "subgroup" } else { "workgroup" }
+            ),
         };
         format!("quantize.{}.{}.{rounding}.{form}", format_name(self.spec), self.dtype)
     }
@@ -564,36 +567,48 @@ impl Variant {
             });
         let load =
             |vec4| if vec4 { shader!("lib/load_vec4.wgsl") } else { shader!("lib/load_any.wgsl") };
-        let (source, features) = match self.form {
+        let lanes = |subgroup| {
+            if subgroup {
+                shader!("lib/lanes_subgroup.wgsl")
+            } else {
+                shader!("lib/lanes_workgroup.wgsl")
+            }
+        };
+        let (source, subgroup) = match self.form {
             Form::Rows { contiguous, subgroup } => (
                 source
                     .constant("WG", WORKGROUP)
                     .flag("CONTIGUOUS", contiguous)
                     .fragment(load(contiguous))
+                    .fragment(lanes(subgroup))
                     .fragment(if subgroup {
                         shader!("lib/amax_subgroup.wgsl")
                     } else {
                         shader!("lib/amax_workgroup.wgsl")
                     })
                     .fragment(shader!("quantize.wgsl")),
-                if subgroup { wgpu::Features::SUBGROUP } else { wgpu::Features::empty() },
+                subgroup,
             ),
-            Form::Tile { axis, vec4 } => {
-                let [rows, cols, invocations] = tile(self.spec, axis);
-                (
-                    source
-                        .constant("WG", invocations)
-                        .constant("TILE_ROWS", rows)
-                        .constant("TILE_COLS", cols)
-                        .constant("DRAWS", if self.stochastic { rows * cols / 2 } else { 1 })
-                        .fragment(load(vec4))
-                        .fragment(shader!("lib/tile.wgsl"))
-                        .fragment(match axis {
-                            Axis::Zero => shader!("quantize_columns.wgsl"),
-                            Axis::One => shader!("quantize_square.wgsl"),
-                        }),
-                    wgpu::Features::empty(),
-                )
+            Form::Tile { axis, vec4, subgroup } => {
+                let [rows, cols, invocations] = tile(axis);
+                let source = source
+                    .constant("WG", invocations)
+                    .constant("TILE_ROWS", rows)
+                    .constant("TILE_COLS", cols)
+                    .fragment(load(vec4))
+                    .fragment(shader!("lib/tile.wgsl"));
+                let source = match axis {
+                    Axis::One => source.fragment(shader!("quantize_square.wgsl")),
+                    Axis::Zero => source
+                        .fragment(lanes(subgroup))
+                        .fragment(if subgroup {
+                            shader!("lib/draws_subgroup.wgsl")
+                        } else {
+                            shader!("lib/draws_alone.wgsl")
+                        })
+                        .fragment(shader!("quantize_columns.wgsl")),
+                };
+                (source, subgroup)
             }
         };
         Kernel {
@@ -608,9 +623,9 @@ impl Variant {
             ],
             workgroup_size: match self.form {
                 Form::Rows { .. } => WORKGROUP,
-                Form::Tile { axis, .. } => tile(self.spec, axis)[2],
+                Form::Tile { axis, .. } => tile(axis)[2],
             },
-            features,
+            features: if subgroup { wgpu::Features::SUBGROUP } else { wgpu::Features::empty() },
         }
     }
 }
@@ -647,7 +662,10 @@ pub fn kernels() -> Vec<Kernel> {
                         let axis = if b { Axis::One } else { Axis::Zero };
                         let mut forms = Vec::new();
                         if Variant::is_tiled(spec, axis) {
-                            forms.push(Form::Tile { axis, vec4: a });
+                            forms.push(Form::Tile { axis, vec4: a, subgroup: false });
+                            if stochastic && axis == Axis::Zero {
+                                forms.push(Form::Tile { axis, vec4: a, subgroup: true });
+                            }
                         }
                         if !Variant::is_tiled(spec, Axis::One) {
                             forms.push(Form::Rows { contiguous: a, subgroup: b });
