@@ -16,6 +16,7 @@ struct Params {
     key: vec4<u32>,         // of the random numbers
     counter: vec2<u32>,     // of the first row's first group
     groups: u32,            // random groups of a row, ceil(cols / 8)
+    one: u32,               // 1
 }
 
 // What the host can ask about afterwards: [0] blocks with NaN or infinity, [1] the tensor's amax (an input),

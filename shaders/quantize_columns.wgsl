@@ -20,6 +20,7 @@ struct Params {
     first: u32,             // 1 if this dispatch is the tensor's first
     key: vec4<u32>,         // of the random numbers
     counter: vec2<u32>,     // of the first group of this dispatch
+    one: u32,               // 1
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -33,14 +34,6 @@ const PART_COLS = 4u;
 const TILE_PARTS = TILE_COLS / PART_COLS;           // across
 const LINE_BLOCKS = TILE_ROWS / BLOCK;
 const TILE_BLOCKS = TILE_COLS / BLOCK_LINES * LINE_BLOCKS;
-
-// The random half of each of eight rows in one column, in the upper 16 bits.
-fn column8(d: Draws, row: u32, col: u32) -> array<u32, 8> {
-    let w = col / 2u;
-    let shift = 16u * (1u - col % 2u);
-    return array<u32, 8>(d[row][w] << shift, d[row + 1u][w] << shift, d[row + 2u][w] << shift, d[row + 3u][w] << shift,
-                         d[row + 4u][w] << shift, d[row + 5u][w] << shift, d[row + 6u][w] << shift, d[row + 7u][w] << shift);
-}
 
 fn load_part(row: u32, col: u32) -> array<u32, 4> {
     if (row < p.rows) { return load4_within(p.x_offset + row * p.pitch + col, col, p.cols); }
@@ -79,7 +72,8 @@ fn main(in: Invocation) {
     let v13 = load_part(row0 + 13u, col0);
     let v14 = load_part(row0 + 14u, col0);
     let v15 = load_part(row0 + 15u, col0);
-    let random = draw_part(row0, col0, lane);
+    // Two words a row; a column's random half goes to the upper 16 bits.
+    let d = draw_part(row0, col0, lane);
     let a0 = array<u32, 8>(v0[0], v1[0], v2[0], v3[0], v4[0], v5[0], v6[0], v7[0]);
     let b0 = array<u32, 8>(v8[0], v9[0], v10[0], v11[0], v12[0], v13[0], v14[0], v15[0]);
     atomicMax(&wg_amax[tile_block(in_col + 0u, in_row)], max(amax8(a0), amax8(b0)));
@@ -97,10 +91,18 @@ fn main(in: Invocation) {
     // Units of the last block's padding are written too.
     if (row0 / BLOCK * BLOCK >= p.rows) { return; }
     let ts = tile_tensor_scale(p.tensor_scale, p.first == 1u && tile == 0u && lane == 0u);
-    put_column(0u, in_col, in_row, col0, row0, ts, a0, b0, column8(random, 0u, 0u), column8(random, 8u, 0u));
-    put_column(1u, in_col, in_row, col0, row0, ts, a1, b1, column8(random, 0u, 1u), column8(random, 8u, 1u));
-    put_column(2u, in_col, in_row, col0, row0, ts, a2, b2, column8(random, 0u, 2u), column8(random, 8u, 2u));
-    put_column(3u, in_col, in_row, col0, row0, ts, a3, b3, column8(random, 0u, 3u), column8(random, 8u, 3u));
+    put_column(0u, in_col, in_row, col0, row0, ts, a0, b0,
+               array<u32, 8>(d[0].x << 16u, d[1].x << 16u, d[2].x << 16u, d[3].x << 16u, d[4].x << 16u, d[5].x << 16u, d[6].x << 16u, d[7].x << 16u),
+               array<u32, 8>(d[8].x << 16u, d[9].x << 16u, d[10].x << 16u, d[11].x << 16u, d[12].x << 16u, d[13].x << 16u, d[14].x << 16u, d[15].x << 16u));
+    put_column(1u, in_col, in_row, col0, row0, ts, a1, b1,
+               array<u32, 8>(d[0].x, d[1].x, d[2].x, d[3].x, d[4].x, d[5].x, d[6].x, d[7].x),
+               array<u32, 8>(d[8].x, d[9].x, d[10].x, d[11].x, d[12].x, d[13].x, d[14].x, d[15].x));
+    put_column(2u, in_col, in_row, col0, row0, ts, a2, b2,
+               array<u32, 8>(d[0].y << 16u, d[1].y << 16u, d[2].y << 16u, d[3].y << 16u, d[4].y << 16u, d[5].y << 16u, d[6].y << 16u, d[7].y << 16u),
+               array<u32, 8>(d[8].y << 16u, d[9].y << 16u, d[10].y << 16u, d[11].y << 16u, d[12].y << 16u, d[13].y << 16u, d[14].y << 16u, d[15].y << 16u));
+    put_column(3u, in_col, in_row, col0, row0, ts, a3, b3,
+               array<u32, 8>(d[0].y, d[1].y, d[2].y, d[3].y, d[4].y, d[5].y, d[6].y, d[7].y),
+               array<u32, 8>(d[8].y, d[9].y, d[10].y, d[11].y, d[12].y, d[13].y, d[14].y, d[15].y));
 }
 
 // Encodes and writes one column's unit, and its block's scale if it is the first of the block.

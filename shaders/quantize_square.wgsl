@@ -19,6 +19,7 @@ struct Params {
     first: u32,             // 1 if this dispatch is the tensor's first
     key: vec4<u32>,         // of the random numbers
     counter: vec2<u32>,     // of the first group of this dispatch
+    one: u32,               // 1
 }
 
 @group(0) @binding(0) var<uniform> p: Params;

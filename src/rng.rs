@@ -14,7 +14,7 @@
 //! ```
 //!
 //! So the bits belong to the element: not to a tile, a thread, an axis, a block size or an engine.
-//! Changing any of this is a breaking release (`tests/rng.rs` pins values). Shader:
+//! Changing any of this is a breaking release (a test below pins values). Shader:
 //! `shaders/lib/threefry.wgsl`.
 
 use crate::Rounding;

@@ -486,11 +486,11 @@ impl log::Log for Log {
 
     fn log(&self, record: &log::Record<'_>) {
         let text = record.args().to_string();
-        if text.contains("VK_LAYER_KHRONOS_validation") && !text.contains("Unable to find") {
+        if text.contains("Insert instance layer \"VK_LAYER_KHRONOS_validation\"") {
             self.layer_seen.store(1, Ordering::Relaxed);
         }
         let hal = record.target().starts_with("wgpu_hal");
-        if hal && record.level() <= log::Level::Warn && text.contains("VUID") {
+        if hal && record.level() <= log::Level::Warn && text.starts_with("VALIDATION") {
             self.messages.lock().unwrap().push(text);
         }
     }

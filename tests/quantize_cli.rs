@@ -78,8 +78,11 @@ impl Dir {
         let output = self.run(args);
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(code), "{args:?}: {stderr}");
-        assert!(stderr.starts_with("error: "), "{args:?}: {stderr}");
-        assert!(code == 2 || stderr.lines().count() == 1, "{args:?}: {stderr}");
+        // Clap adds its usage; graphics drivers may print lines of their own before ours.
+        let lines: Vec<_> = stderr.lines().collect();
+        let ours = if code == 2 { lines.first() } else { lines.last() };
+        assert!(ours.is_some_and(|line| line.starts_with("error: ")), "{args:?}: {stderr}");
+        assert!(code == 2 || lines.len() == 1 || !args.contains(&"cpu"), "{args:?}: {stderr}");
         for text in says {
             assert!(stderr.contains(text), "{args:?}: {stderr:?} lacks {text:?}");
         }
@@ -324,7 +327,7 @@ fn nan_is_a_warning() {
     let output = dir.run(&["in.safetensors", "-o", "q.safetensors", "--device", "cpu"]);
     assert!(output.status.success());
     let stderr = String::from_utf8(output.stderr).unwrap();
-    assert!(stderr.starts_with("warning: tensor \"w\": 1 block"), "{stderr}");
+    assert!(stderr.starts_with("warning: tensor \"w\": 1 of its blocks"), "{stderr}");
     // The error is that of the other blocks.
     let stdout = String::from_utf8(output.stdout).unwrap();
     assert!(stdout.contains("e-2") && !stdout.contains("NaN"), "{stdout}");
@@ -470,7 +473,7 @@ fn dequantizing_what_is_not_or_wrongly_quantized() {
     let nv = |s| vec![("w.codes", u8s([3, 24])), ("w.scales", u8s([3, 3])), ("w.tensor_scale", s)];
     type Case<'a> = (&'a [&'a str], Vec<(&'static str, Tensor)>, Vec<(&'static str, &'static str)>);
     let cases: Vec<Case<'_>> = vec![
-        (&["no tensor in it is quantized", "--dequantize"], good(), vec![("format", "pt")]),
+        (&["names no quantized tensor", "--dequantize"], good(), vec![("format", "pt")]),
         (&["microscaling.version"], good(), vec![(key, mxfp4)]),
         (
             &["microscaling.version", "\"2\""],

@@ -11,6 +11,8 @@ mod vulkan;
 pub struct Caps {
     /// The adapter's name, or `CPU`.
     pub name: String,
+    /// The adapter's PCI vendor id; 0 for the CPU engine.
+    pub vendor: u32,
     /// Driver name and version.
     pub driver: String,
     /// `Vulkan`, `Metal`, `Dx12`, `BrowserWebGpu`, or `Cpu` for the CPU engine.
@@ -84,6 +86,7 @@ impl Caps {
         lines.extend(native());
         Caps {
             name: "CPU".into(),
+            vendor: 0,
             driver: format!("microscaling {}", env!("CARGO_PKG_VERSION")),
             backend: "Cpu".into(),
             software: true,
@@ -185,6 +188,7 @@ impl Caps {
         lines.extend(native());
         Caps {
             name: info.name,
+            vendor: info.vendor,
             driver: format!("{} {}", info.driver, info.driver_info).trim().to_string(),
             backend: format!("{:?}", info.backend),
             software,

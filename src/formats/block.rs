@@ -8,7 +8,7 @@
 //! `[⌈lines/n⌉, blocks]`. Both are tight and row-major.
 
 use super::element::NAN;
-use super::{Axis, Block, MxSpec, ScaleFormat, scale};
+use super::{Axis, MxSpec, ScaleFormat, scale};
 use crate::{Error, Result};
 
 /// Sizes and offsets of a packed tensor.
@@ -30,7 +30,7 @@ impl Layout {
         spec.validate()?;
         let layout = Layout { spec, axis, rows, cols };
         // 2^48 elements are beyond any machine; below, no product here can overflow.
-        let padded = (layout.lines() as u128) * (layout.line_len().next_multiple_of(128) as u128);
+        let padded = (layout.lines() as u128) * (layout.line_len() as u128 + 127);
         if padded > 1 << 48 {
             return Err(Error::Mismatch {
                 operation: "layout",
@@ -272,15 +272,6 @@ pub(crate) fn decode(spec: MxSpec, code: u8, scale: u8, tensor_scale: u32) -> u3
         ScaleFormat::E4M3 if scale & 0x7f == scale::E4M3_NAN => NAN,
         ScaleFormat::E4M3 => scale::nvfp4_decode(code, scale, tensor_scale),
     }
-}
-
-/// Whether blocks of `block` fit into `[rows, cols]` without padding, along `axis`.
-pub fn divides(block: Block, axis: Axis, rows: usize, cols: usize) -> bool {
-    let (lines, len) = match axis {
-        Axis::Zero => (cols, rows),
-        Axis::One => (rows, cols),
-    };
-    len % block.len() == 0 && lines % block.lines() == 0
 }
 
 #[cfg(test)]

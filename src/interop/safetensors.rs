@@ -139,8 +139,8 @@ impl<'a> TensorFile<'a> {
         order.iter().try_for_each(|(_, tensor)| out.write_all(&tensor.data))
     }
 
-    /// Adds the parts of an MX tensor and its metadata. Names that are taken already are an error, and leave the file as
-    /// it was.
+    /// Adds the parts of an MX tensor and its metadata. Names that are taken already are an error, and leave the file
+    /// as it was.
     pub fn insert_mx(&mut self, name: &str, tensor: MxTensor) -> Result<()> {
         self.check_free(name, tensor.layout().spec)?;
         let layout = *tensor.layout();

@@ -170,17 +170,18 @@ impl Quantize {
     fn variant(&self, gpu: &Gpu, x: &Tensor) -> Variant {
         let QuantizeDesc { spec, axis, rounding, .. } = self.desc;
         let stochastic = rounding != Rounding::NearestEven;
+        let mad = stochastic && gpu.caps.vendor == NVIDIA;
         if Variant::is_tiled(spec, axis) {
             let vec4 = x.cols % 8 == 0;
             // Only where columns are drawn for do invocations exchange anything.
             let subgroup = stochastic && axis == Axis::Zero && gpu.has_subgroups(2);
             let form = Form::Tile { axis, vec4, subgroup };
-            return Variant { spec, dtype: x.dtype, stochastic, form };
+            return Variant { spec, dtype: x.dtype, stochastic, mad, form };
         }
         let lanes = spec.block.len() as u32 / UNIT;
         let subgroup = gpu.has_subgroups(lanes);
         let contiguous = x.cols % spec.block.len() == 0;
-        Variant { spec, dtype: x.dtype, stochastic, form: Form::Rows { contiguous, subgroup } }
+        Variant { spec, dtype: x.dtype, stochastic, mad, form: Form::Rows { contiguous, subgroup } }
     }
 
     fn record_rows(
@@ -218,7 +219,7 @@ impl Quantize {
             counter as u32,
             (counter >> 32) as u32,
             groups as u32,
-            0,
+            1,
         ];
         let units = rows.len() as u64 * layout.blocks() as u64 * layout.spec.block.len() as u64
             / u64::from(UNIT);
@@ -278,7 +279,7 @@ impl Quantize {
             key[3],
             counter as u32,
             (counter >> 32) as u32,
-            0,
+            1,
             0,
         ];
         let [tile_rows, tile_cols, _] = tile(layout.axis);
@@ -508,11 +509,16 @@ const fn tile(axis: Axis) -> [u32; 3] {
     }
 }
 
+/// NVIDIA's PCI vendor id.
+const NVIDIA: u32 = 0x10de;
+
 #[derive(Clone, Copy, Debug)]
 struct Variant {
     spec: MxSpec,
     dtype: DType,
     stochastic: bool,
+    /// Adds by multiply-add in the random numbers, see `lib/add_mad.wgsl`.
+    mad: bool,
     form: Form,
 }
 
@@ -530,7 +536,11 @@ impl Variant {
     }
 
     fn name(&self) -> String {
-        let rounding = if self.stochastic { "stochastic" } else { "nearest" };
+        let rounding = match (self.stochastic, self.mad) {
+            (false, _) => "nearest",
+            (true, false) => "stochastic",
+            (true, true) => "stochastic-mad",
+        };
         let form = match self.form {
             Form::Rows { contiguous, subgroup } => format!(
                 "rows.{}.{}",
@@ -554,6 +564,7 @@ impl Variant {
             } else {
                 shader!("lib/round_nearest.wgsl")
             })
+            .fragment(if self.mad { shader!("lib/add_mad.wgsl") } else { shader!("lib/add.wgsl") })
             .fragment(shader!("lib/threefry.wgsl"))
             .fragment(shader!("lib/unit.wgsl"))
             .fragment(match self.spec.element.bits() {
@@ -655,26 +666,25 @@ fn amax_kernel(dtype: DType) -> Kernel {
 pub fn kernels() -> Vec<Kernel> {
     let mut kernels: Vec<_> = DType::ALL.map(amax_kernel).into();
     for spec in all_specs() {
+        let mut forms = Vec::new();
+        for a in [false, true] {
+            for b in [false, true] {
+                forms.push(Form::Tile { axis: Axis::Zero, vec4: a, subgroup: b });
+                if spec.block.lines() == 1 {
+                    forms.push(Form::Rows { contiguous: a, subgroup: b });
+                }
+            }
+            if spec.block.lines() > 1 {
+                forms.push(Form::Tile { axis: Axis::One, vec4: a, subgroup: false });
+            }
+        }
         for dtype in DType::ALL {
-            for stochastic in [false, true] {
-                for a in [false, true] {
-                    for b in [false, true] {
-                        let axis = if b { Axis::One } else { Axis::Zero };
-                        let mut forms = Vec::new();
-                        if Variant::is_tiled(spec, axis) {
-                            forms.push(Form::Tile { axis, vec4: a, subgroup: false });
-                            if stochastic && axis == Axis::Zero {
-                                forms.push(Form::Tile { axis, vec4: a, subgroup: true });
-                            }
-                        }
-                        if !Variant::is_tiled(spec, Axis::One) {
-                            forms.push(Form::Rows { contiguous: a, subgroup: b });
-                        }
-                        kernels.extend(
-                            forms
-                                .into_iter()
-                                .map(|form| Variant { spec, dtype, stochastic, form }.kernel()),
-                        );
+            for (stochastic, mad) in [(false, false), (true, false), (true, true)] {
+                for form in &forms {
+                    let exchanges = matches!(form, Form::Tile { subgroup: true, .. });
+                    if stochastic || !exchanges {
+                        let variant = Variant { spec, dtype, stochastic, mad, form: *form };
+                        kernels.push(variant.kernel());
                     }
                 }
             }
