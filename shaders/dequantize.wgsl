@@ -66,7 +66,9 @@ fn fetch(vector: u32) -> Fetched {
     let block = p.scales_offset + at / BLOCK;
     let scale = (scales[block / 4u] >> (8u * (block % 4u))) & 0xffu;
     if (Y_TYPE == X_F32) { return Fetched(stream4(at), 0u, scale); }
-    return Fetched(stream4(at), stream4(at + 4u), scale);
+    let low = stream4(at);
+    if (BITS == 4u) { return Fetched(low, low >> 16u, scale); }
+    return Fetched(low, stream4(at + 4u), scale);
 }
 
 fn store(vector: u32, f: Fetched, ts: u32) {

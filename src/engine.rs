@@ -68,7 +68,7 @@ pub struct Context {
 #[derive(Debug)]
 pub(crate) enum Engine {
     Cpu,
-    Gpu(Gpu),
+    Gpu(Box<Gpu>),
 }
 
 /// All adapters that wgpu finds.
@@ -169,7 +169,7 @@ impl Context {
         own: bool,
     ) -> Context {
         let gpu = Gpu::new(device, queue, Caps::probe(adapter), own);
-        Context { engine: Arc::new(Engine::Gpu(gpu)) }
+        Context { engine: Arc::new(Engine::Gpu(Box::new(gpu))) }
     }
 
     pub(crate) fn engine(&self) -> &Engine {

@@ -157,7 +157,7 @@ pub fn input(dtype: DType, rows: usize, cols: usize) -> Vec<u8> {
                 63 => bits = sign | ((exponents - 1) << mantissa_bits) | 1,
                 _ => {}
             }
-            if patch % 13 == 0 {
+            if patch.is_multiple_of(13) {
                 bits = sign;
             }
             bytes.extend_from_slice(&bits.to_le_bytes()[..dtype.size()]);

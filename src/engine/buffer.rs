@@ -59,7 +59,7 @@ impl DType {
 
     /// f32 bits in this type, to nearest even; NaN becomes the canonical one.
     #[inline(always)]
-    pub(crate) fn from_f32_bits(self, bits: u32) -> u32 {
+    pub(crate) fn narrow(self, bits: u32) -> u32 {
         let nan = bits & 0x7fff_ffff > INFINITY;
         match self {
             DType::F32 => bits,

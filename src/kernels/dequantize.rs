@@ -80,7 +80,7 @@ fn record_gpu(stream: &mut Stream<'_>, x: &DeviceMxTensor, out: &Tensor) -> Resu
     let Some(state) = x.state.chunks().next() else { return Ok(()) };
     let contiguous = layout.axis == Axis::One
         && layout.spec.block.lines() == 1
-        && layout.cols % layout.spec.block.len() == 0;
+        && layout.cols.is_multiple_of(layout.spec.block.len());
     let variant = Variant {
         spec: layout.spec,
         dtype: out.dtype,
@@ -167,7 +167,7 @@ fn twin(
         let line_codes = &codes[line * line_bytes..(line + 1) * line_bytes];
         let code = block::unpack(layout.spec.element.bits(), line_codes, at);
         let scale = scales[layout.scale_index(line, at)];
-        dtype.from_f32_bits(block::decode(layout.spec, code, scale, tensor_scale))
+        dtype.narrow(block::decode(layout.spec, code, scale, tensor_scale))
     };
     let piece = 1 << 14;
     let fill = |(i, words): (usize, &mut [u32])| {

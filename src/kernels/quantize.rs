@@ -172,7 +172,7 @@ impl Quantize {
         let stochastic = rounding != Rounding::NearestEven;
         let mad = stochastic && gpu.caps.vendor == NVIDIA;
         if Variant::is_tiled(spec, axis) {
-            let vec4 = x.cols % 8 == 0;
+            let vec4 = x.cols.is_multiple_of(8);
             // Only where columns are drawn for do invocations exchange anything.
             let subgroup = stochastic && axis == Axis::Zero && gpu.has_subgroups(2);
             let form = Form::Tile { axis, vec4, subgroup };
@@ -180,7 +180,7 @@ impl Quantize {
         }
         let lanes = spec.block.len() as u32 / UNIT;
         let subgroup = gpu.has_subgroups(lanes);
-        let contiguous = x.cols % spec.block.len() == 0;
+        let contiguous = x.cols.is_multiple_of(spec.block.len());
         Variant { spec, dtype: x.dtype, stochastic, mad, form: Form::Rows { contiguous, subgroup } }
     }
 
