@@ -32,8 +32,8 @@ struct Params {
 const PART_ROWS = UNIT;
 const PART_COLS = 4u;
 const TILE_PARTS = TILE_COLS / PART_COLS;           // across
-const TILE_LINE_BLOCKS = TILE_ROWS / BLOCK;
-const TILE_BLOCKS = TILE_COLS / BLOCK_LINES * TILE_LINE_BLOCKS;
+const LINE_BLOCKS = TILE_ROWS / BLOCK;
+const TILE_BLOCKS = TILE_COLS / BLOCK_LINES * LINE_BLOCKS;
 
 fn load_part(row: u32, col: u32) -> array<u32, 4> {
     if (row < p.rows) { return load4_within(p.x_offset + row * p.pitch + col, col, p.cols); }
@@ -41,7 +41,7 @@ fn load_part(row: u32, col: u32) -> array<u32, 4> {
 }
 
 // The block of a column and row within the tile.
-fn tile_block(in_col: u32, in_row: u32) -> u32 { return in_col / BLOCK_LINES * TILE_LINE_BLOCKS + in_row / BLOCK; }
+fn tile_block(in_col: u32, in_row: u32) -> u32 { return in_col / BLOCK_LINES * LINE_BLOCKS + in_row / BLOCK; }
 
 @compute @workgroup_size(WG)
 fn main(in: Invocation) {
@@ -88,14 +88,9 @@ fn main(in: Invocation) {
     atomicMax(&wg_amax[tile_block(in_col + 3u, in_row)], max(amax8(a3), amax8(b3)));
     workgroupBarrier();
 
-    let ts = tile_tensor_scale(p.tensor_scale, p.first == 1u && tile == 0u && lane == 0u);
-    let tile_row = row0 - in_row;
-    let tile_col = col0 - in_col;
-    tile_put_scales(lane, p.scales_offset + tile_col / BLOCK_LINES * p.blocks + tile_row / BLOCK,
-                    (p.cols - tile_col + BLOCK_LINES - 1u) / BLOCK_LINES, (p.rows - tile_row + BLOCK - 1u) / BLOCK, ts);
-
     // Units of the last block's padding are written too.
     if (row0 / BLOCK * BLOCK >= p.rows) { return; }
+    let ts = tile_tensor_scale(p.tensor_scale, p.first == 1u && tile == 0u && lane == 0u);
     put_column(0u, in_col, in_row, col0, row0, ts, a0, b0,
                array<u32, 8>(d[0].x << 16u, d[1].x << 16u, d[2].x << 16u, d[3].x << 16u, d[4].x << 16u, d[5].x << 16u, d[6].x << 16u, d[7].x << 16u),
                array<u32, 8>(d[8].x << 16u, d[9].x << 16u, d[10].x << 16u, d[11].x << 16u, d[12].x << 16u, d[13].x << 16u, d[14].x << 16u, d[15].x << 16u));
@@ -110,12 +105,15 @@ fn main(in: Invocation) {
                array<u32, 8>(d[8].y, d[9].y, d[10].y, d[11].y, d[12].y, d[13].y, d[14].y, d[15].y));
 }
 
-// Encodes and writes one column's unit.
+// Encodes and writes one column's unit, and its block's scale if it is the first of the block.
 fn put_column(c: u32, in_col: u32, in_row: u32, col0: u32, row0: u32, ts: u32, a: array<u32, 8>, b: array<u32, 8>,
               ra: array<u32, 8>, rb: array<u32, 8>) {
     let col = col0 + c;
     if (col >= p.cols) { return; }
     let scale = scale_from_amax(atomicLoad(&wg_amax[tile_block(in_col + c, in_row)]), p.carry, ts);
+    if (in_row % BLOCK == 0u && col % BLOCK_LINES == 0u) {
+        tile_put_scale(p.scales_offset + col / BLOCK_LINES * p.blocks + row0 / BLOCK, scale);
+    }
     var unit = Codes();
     if (scale != SCALE_NAN) { unit = encode16(a, b, scale, ts, ra, rb); }
     codes_store(p.codes_offset + col * p.line_units + row0 / UNIT, unit);

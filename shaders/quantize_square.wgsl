@@ -29,8 +29,8 @@ struct Params {
 @group(0) @binding(4) var<storage, read_write> state: array<atomic<u32>>;  // see quantize.wgsl
 
 const ROW_UNITS = TILE_COLS / UNIT;
-const TILE_LINE_BLOCKS = TILE_COLS / BLOCK;
-const TILE_BLOCKS = TILE_ROWS / BLOCK * TILE_LINE_BLOCKS;
+const ROW_BLOCKS = TILE_COLS / BLOCK;
+const TILE_BLOCKS = TILE_ROWS / BLOCK * ROW_BLOCKS;
 
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3<u32>,
@@ -59,19 +59,17 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         ra = threefry_halves(threefry_group(p.counter, group, p.key));
         rb = threefry_halves(threefry_group(p.counter, group + 1u, p.key));
     }
-    let block = in_row / BLOCK * TILE_LINE_BLOCKS + in_col / BLOCK;
+    let block = in_row / BLOCK * ROW_BLOCKS + in_col / BLOCK;
     atomicMax(&wg_amax[block], max(amax8(a), amax8(b)));
     workgroupBarrier();
 
-    let ts = tile_tensor_scale(p.tensor_scale, p.first == 1u && tile == 0u && lane == 0u);
-    let tile_row = row - in_row;
-    let tile_col = col - in_col;
-    tile_put_scales(lane, p.scales_offset + tile_row / BLOCK * p.blocks + tile_col / BLOCK,
-                    (p.rows - tile_row + BLOCK - 1u) / BLOCK, (p.cols - tile_col + BLOCK - 1u) / BLOCK, ts);
-
     // Units of the last block's padding are written too.
     if (row >= p.rows || col / BLOCK * BLOCK >= p.cols) { return; }
+    let ts = tile_tensor_scale(p.tensor_scale, p.first == 1u && tile == 0u && lane == 0u);
     let scale = scale_from_amax(atomicLoad(&wg_amax[block]), p.carry, ts);
+    if (in_row % BLOCK == 0u && in_col % BLOCK == 0u) {
+        tile_put_scale(p.scales_offset + row / BLOCK * p.blocks + col / BLOCK, scale);
+    }
     var c = Codes();
     if (scale != SCALE_NAN) { c = encode16(a, b, scale, ts, ra, rb); }
     codes_store(p.codes_offset + row * p.line_units + col / UNIT, c);

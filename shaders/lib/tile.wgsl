@@ -1,5 +1,5 @@
 // What the kernels that work on tiles share: they find a block's amax in workgroup memory and put scales together by
-// atomics. Needs the bindings p, scales and state. Twin: src/kernels/quantize.rs.
+// atomics. Needs the bindings scales and state. Twin: src/kernels/quantize.rs.
 
 var<workgroup> wg_amax: array<atomic<u32>, TILE_BLOCKS>;
 
@@ -16,21 +16,8 @@ fn tile_tensor_scale(given: u32, first: bool) -> u32 {
     return ts;
 }
 
-// Writes the scales of the tile, a line of blocks an invocation, whole words of them at a time. `at`: the byte of the
-// tile's first block; `lines`, `blocks`: how many of the tile's there are. Counts the blocks whose scale is NaN.
-fn tile_put_scales(lane: u32, at: u32, lines: u32, blocks: u32, ts: u32) {
-    if (lane >= min(lines, TILE_BLOCKS / TILE_LINE_BLOCKS)) { return; }
-    var word = 0u;
-    for (var i = 0u; i < TILE_LINE_BLOCKS; i++) {
-        if (i < blocks) {
-            let scale = scale_from_amax(atomicLoad(&wg_amax[lane * TILE_LINE_BLOCKS + i]), p.carry, ts);
-            if (scale == SCALE_NAN) { atomicAdd(&state[0], 1u); }
-            let byte = at + lane * p.blocks + i;
-            word |= scale << (8u * (byte % 4u));
-            if (byte % 4u == 3u || i + 1u == min(blocks, TILE_LINE_BLOCKS)) {
-                atomicOr(&scales[byte / 4u], word);
-                word = 0u;
-            }
-        }
-    }
+// Writes a block's scale, at a byte, and counts it if it is NaN.
+fn tile_put_scale(at: u32, scale: u32) {
+    atomicOr(&scales[at / 4u], scale << (8u * (at % 4u)));
+    if (scale == SCALE_NAN) { atomicAdd(&state[0], 1u); }
 }
