@@ -34,6 +34,7 @@ type Test = fn(&Context, usize) -> Result<(), Failed>;
 const SUITE: &[(&str, Test)] = &[
     ("quantize_equals_the_reference", quantize_equals_the_reference),
     ("quantize_from_f16_and_bf16", quantize_from_16_bits),
+    ("e2m1_under_every_scale", e2m1_under_every_scale),
     ("tensors_of_many_bindings", tensors_of_many_bindings),
     ("dequantize_equals_the_reference", dequantize_equals_the_reference),
     ("every_code_under_every_scale", every_code_under_every_scale),
@@ -210,6 +211,39 @@ fn quantize_from_16_bits(ctx: &Context, step: usize) -> Result<(), Failed> {
         let dtype = [DType::F16, DType::BF16][i % 2];
         let (rows, cols) = if i % 4 < 2 { (34, 128) } else { (131, 69) };
         compare(ctx, &desc, dtype, rows, cols)?;
+    }
+    Ok(())
+}
+
+/// Every value and midpoint of E2M1, their neighbours, and as much between, under every scale that Floor gives: the shaders
+/// have a fast path for this format.
+fn e2m1_under_every_scale(ctx: &Context, _: usize) -> Result<(), Failed> {
+    let mut points = Vec::new();
+    for sixteenth in 0..128u8 {
+        let x = f32::from(sixteenth) / 16.0;
+        points.extend([x.next_down().max(0.0), x, -x.next_up().min(7.999)]);
+    }
+    let mut x = Vec::new();
+    for scale in -127..=125 {
+        for points in points.chunks(31) {
+            // The block's largest magnitude is in [4, 8) · 2^scale.
+            let amax = points.iter().fold(4f32, |a, p| a.max(p.abs()));
+            for p in std::iter::once(amax).chain(points.iter().copied()) {
+                // Exact, or rounded once where it is subnormal.
+                x.push((f64::from(p) * 2f64.powi(scale)) as f32);
+            }
+            x.resize(x.len().next_multiple_of(32), 0.0);
+        }
+    }
+    let (rows, cols) = (253, x.len() / 253);
+    let stochastic = Rounding::Stochastic { seed: 3, stream: 1 };
+    for rounding in [Rounding::NearestEven, stochastic] {
+        let desc = QuantizeDesc { rounding, ..Default::default() };
+        let want = reference::quantize(&x, rows, cols, &desc);
+        assert!((0..=252).all(|s| want.scales.contains(&s)), "a scale is missing");
+        let (got, _) = quantize(ctx, &desc, DType::F32, bytemuck::cast_slice(&x), rows, cols)?;
+        assert_bytes("scales", got.scales(), &want.scales);
+        assert_bytes("codes", got.codes(), &reference::pack(4, &want.codes));
     }
     Ok(())
 }
