@@ -2,7 +2,7 @@
 // Layout:   codes[rows · cols · BITS/32 words] · scales[rows · blocks bytes] · y[rows, cols], cols % BLOCK == 0
 // Numerics: exact in f32 (MX) or rounded once (NVFP4), to infinity above f32's range; then rounded to nearest
 //           even for f16 and bf16. Integer-only; bit-exact with the twin.
-// Dispatch: ceil(vectors / (WG · STEPS)) workgroups, STEPS = 4, spread over x and y; consecutive invocations write consecutive vectors
+// Dispatch: ceil(vectors / (WG · STEPS)) workgroups, spread over x and y; consecutive invocations write consecutive vectors
 // Twin:     src/kernels/dequantize.rs
 
 struct Params {
@@ -86,10 +86,10 @@ fn store(vector: u32, f: Fetched, ts: u32) {
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3<u32>,
         @builtin(local_invocation_index) lane: u32) {
-    // All loads before the first store.
+    // All loads before the first store; what exceeds STEPS is dead code.
     let v = (wg.y * wgs.x + wg.x) * STEPS * WG + lane;
-    let f0 = fetch(v);
-    let f1 = fetch(v + WG);
+    let f0 = fetch(v + 0u * WG);
+    let f1 = fetch(v + 1u * WG);
     let f2 = fetch(v + 2u * WG);
     let f3 = fetch(v + 3u * WG);
     var ts = 0u;
@@ -100,8 +100,8 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         wg_values[lane] = vec2<u32>(value, u32(exponent != 0u && exponent != F32_INFINITY));
     }
     workgroupBarrier();
-    store(v, f0, ts);
-    store(v + WG, f1, ts);
-    store(v + 2u * WG, f2, ts);
-    store(v + 3u * WG, f3, ts);
+    if (STEPS > 0u) { store(v + 0u * WG, f0, ts); }
+    if (STEPS > 1u) { store(v + 1u * WG, f1, ts); }
+    if (STEPS > 2u) { store(v + 2u * WG, f2, ts); }
+    if (STEPS > 3u) { store(v + 3u * WG, f3, ts); }
 }

@@ -9,17 +9,17 @@
 struct E2m1 {
     one: f32,       // 2^scale
     factor: f32,    // 2 · 2^28 / 2^scale
-    base: u32,      // the bits of `one`, less two codes
+    offset: u32,    // minus the bits of `one`, plus two codes; in units of 2^-6 bits, as the fixed point has them
 }
 
 // The code in the top four bits, over what is left of x. The random half is in the upper 16 bits of r; it compares with
 // the 16 bits below the code, and half a step is added.
 fn e2m1_top(x: u32, s: E2m1, r: u32) -> u32 {
     let a = abs(bitcast<f32>(x));
-    let c = min(select(u32(a * s.factor), (x - s.base) << 6u, a >= s.one), 0x70000000u);
+    let c = min(select(u32(a * s.factor), (x << 6u) + s.offset, a >= s.one), 0x70000000u);
     var rounded = 0u;
     if (STOCHASTIC) {
-        rounded = c + (((r >> 4u) & 0x0ffff000u) | 0x800u);
+        rounded = add(c, ((r >> 4u) & 0x0ffff000u) | 0x800u);
     } else {
         rounded = c + 0x7ffffffu + ((c >> 28u) & 1u);
     }
@@ -49,6 +49,6 @@ fn encode16(a: array<u32, 8>, b: array<u32, 8>, scale: u32, ts: u32, ra: array<u
     // 40 on a subnormal x is less than 2^-38 of the scale.
     if (scale < 40u || scale > 253u) { return vec2<u32>(e2m1_general(a, scale, ra), e2m1_general(b, scale, rb)); }
     let one = scale << 23u;
-    let s = E2m1(bitcast<f32>(one), bitcast<f32>((283u - scale) << 23u), one - 0x800000u);
+    let s = E2m1(bitcast<f32>(one), bitcast<f32>((283u - scale) << 23u), (0x800000u - one) << 6u);
     return vec2<u32>(e2m1_word(a, s, ra), e2m1_word(b, s, rb));
 }
