@@ -417,6 +417,11 @@ fn mismatches_are_errors(ctx: &Context, _: usize) -> Result<(), Failed> {
     );
     assert!(ctx.upload(DType::F32, 2, 2, &[0; 15]).unwrap_err().to_string().contains("15 bytes"));
     assert!(ctx.zeros(DType::F32, usize::MAX, 2).is_err());
+    if ctx.wgpu().is_none() {
+        // A pebibyte and more: beyond the address space.
+        let error = ctx.zeros(DType::F32, 1 << 24, 1 << 24).unwrap_err();
+        assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
+    }
     if ctx.wgpu().is_some() {
         let mut elsewhere = Context::cpu().zeros_mx(MXFP4, Axis::One, 4, 64)?;
         let error = kernel.record(&mut stream, &x, &mut elsewhere).unwrap_err().to_string();
