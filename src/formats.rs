@@ -37,6 +37,16 @@ pub enum Block {
 }
 
 impl Block {
+    /// All that exist.
+    pub const ALL: [Block; 6] = [
+        Block::Vector(16),
+        Block::Vector(32),
+        Block::Vector(64),
+        Block::Vector(128),
+        Block::Square(16),
+        Block::Square(32),
+    ];
+
     /// Elements of a block along the blocked axis.
     pub const fn len(self) -> usize {
         match self {

@@ -80,18 +80,10 @@ pub(crate) fn format_name(spec: MxSpec) -> String {
 
 /// All formats: every element under E8M0, and NVFP4's, in every block.
 pub fn all_specs() -> Vec<MxSpec> {
-    let blocks = [
-        Block::Vector(16),
-        Block::Vector(32),
-        Block::Vector(64),
-        Block::Vector(128),
-        Block::Square(16),
-        Block::Square(32),
-    ];
     let mut formats: Vec<_> = Element::ALL.map(|element| (element, ScaleFormat::E8M0)).into();
     formats.push((Element::E2M1, ScaleFormat::E4M3));
     formats
         .into_iter()
-        .flat_map(|(element, scale)| blocks.map(|block| MxSpec { element, scale, block }))
+        .flat_map(|(element, scale)| Block::ALL.map(|block| MxSpec { element, scale, block }))
         .collect()
 }

@@ -37,17 +37,10 @@ fn e2m1_word(v: array<u32, 8>, s: E2m1, r: array<u32, 8>) -> u32 {
     return (word << 4u) | (e2m1_top(v[0], s, r[0]) >> 28u);
 }
 
-fn e2m1_general(v: array<u32, 8>, scale: u32, r: array<u32, 8>) -> u32 {
-    return pack8(array<u32, 8>(mx_encode(v[0], scale, 0u, r[0] >> 16u), mx_encode(v[1], scale, 0u, r[1] >> 16u),
-                               mx_encode(v[2], scale, 0u, r[2] >> 16u), mx_encode(v[3], scale, 0u, r[3] >> 16u),
-                               mx_encode(v[4], scale, 0u, r[4] >> 16u), mx_encode(v[5], scale, 0u, r[5] >> 16u),
-                               mx_encode(v[6], scale, 0u, r[6] >> 16u), mx_encode(v[7], scale, 0u, r[7] >> 16u)));
-}
-
 fn encode16(a: array<u32, 8>, b: array<u32, 8>, scale: u32, ts: u32, ra: array<u32, 8>, rb: array<u32, 8>) -> Codes {
     // Where f32's subnormals matter (they may be flushed) and where the factor would be one: the general way. From scale
     // 40 on a subnormal x is less than 2^-38 of the scale.
-    if (scale < 40u || scale > 253u) { return vec2<u32>(e2m1_general(a, scale, ra), e2m1_general(b, scale, rb)); }
+    if (scale < 40u || scale > 253u) { return pack16(encode8(a, scale, ts, ra), encode8(b, scale, ts, rb)); }
     let one = scale << 23u;
     let s = E2m1(bitcast<f32>(one), bitcast<f32>((283u - scale) << 23u), (0x800000u - one) << 6u);
     return vec2<u32>(e2m1_word(a, s, ra), e2m1_word(b, s, rb));

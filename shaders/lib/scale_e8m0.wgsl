@@ -2,8 +2,6 @@
 
 const SCALE_NAN = 255u;
 
-struct Scale { byte: u32 }
-
 // carry: the fraction of amax from which the scale doubles; one number says the whole scale rule.
 fn scale_from_amax(amax: u32, carry: u32, tensor_scale: u32) -> u32 {
     if (amax >= F32_INFINITY) { return SCALE_NAN; }

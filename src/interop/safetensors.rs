@@ -44,15 +44,6 @@ pub const TENSOR_KEY: &str = "microscaling.tensor.";
 /// What readers accept as a header (the safetensors crate's limit).
 const MAX_HEADER_BYTES: usize = 100_000_000;
 
-const BLOCKS: [Block; 6] = [
-    Block::Vector(16),
-    Block::Vector(32),
-    Block::Vector(64),
-    Block::Vector(128),
-    Block::Square(16),
-    Block::Square(32),
-];
-
 /// A tensor as a file holds it: little-endian and row-major.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Stored<'a> {
@@ -305,8 +296,8 @@ fn parse(text: &str) -> Result<Layout, String> {
     };
     let spec = MxSpec::by_name(format).map_err(|error| error.to_string())?;
     let block = value(block, "block")?;
-    let block = BLOCKS.into_iter().find(|b| b.to_string() == block).ok_or_else(|| {
-        format!("block {block:?} is none of {}", BLOCKS.map(|b| b.to_string()).join(", "))
+    let block = Block::ALL.into_iter().find(|b| b.to_string() == block).ok_or_else(|| {
+        format!("block {block:?} is none of {}", Block::ALL.map(|b| b.to_string()).join(", "))
     })?;
     let axis = match value(axis, "axis")?.as_str() {
         "0" => Axis::Zero,

@@ -10,7 +10,7 @@
 
 mod fast;
 
-use crate::engine::buffer::{DType, DeviceMxTensor, Tensor};
+use crate::engine::buffer::{Chunk, DType, DeviceMxTensor, Tensor};
 use crate::engine::shader::{Binding, Kernel, Source, shader};
 use crate::engine::{Context, Stream, gpu::Gpu};
 use crate::formats::element::{Element, INFINITY, Round};
@@ -191,8 +191,8 @@ impl Quantize {
         stream: &mut Stream<'_>,
         x: &Tensor,
         out: &DeviceMxTensor,
-        xs: &crate::engine::buffer::Chunk<'_>,
-        codes: &crate::engine::buffer::Chunk<'_>,
+        xs: &Chunk<'_>,
+        codes: &Chunk<'_>,
         buffers: [&wgpu::Buffer; 4],
     ) -> Result<()> {
         let rows = xs.overlap(codes);
@@ -240,8 +240,8 @@ impl Quantize {
         stream: &mut Stream<'_>,
         x: &Tensor,
         out: &DeviceMxTensor,
-        xs: &crate::engine::buffer::Chunk<'_>,
-        codes: &crate::engine::buffer::Chunk<'_>,
+        xs: &Chunk<'_>,
+        codes: &Chunk<'_>,
         buffers: [&wgpu::Buffer; 4],
         first: bool,
     ) -> Result<()> {
