@@ -7,6 +7,8 @@ pub mod buffer;
 pub mod caps;
 pub(crate) mod gpu;
 pub mod shader;
+#[cfg(not(target_arch = "wasm32"))]
+pub mod spirv;
 
 use std::sync::Arc;
 
@@ -16,6 +18,7 @@ use gpu::Gpu;
 use shader::Kernel;
 
 use crate::formats::{Axis, Layout, MxSpec, MxTensor, ScaleFormat};
+use crate::kernels::anchors::anchors;
 use crate::{Error, Result};
 
 /// Which device to open.
@@ -55,6 +58,8 @@ pub struct Options {
     pub without: wgpu::Features,
     /// Bind at most this many bytes at once; by default what the adapter allows.
     pub max_binding: Option<u64>,
+    /// Emulate cooperative matrices where the device has none, so that [`crate::Tier::Tensor`] runs; for tests, slow.
+    pub emulate_tensor: bool,
     /// Ask for the graphics API's validation layers (slow; messages go to `log`).
     pub validation: bool,
 }
@@ -149,17 +154,21 @@ impl Context {
                 label: Some("microscaling"),
                 required_features: Caps::useful_features(adapter) - options.without,
                 required_limits: limits,
+                // SAFETY: the experimental feature asked for is cooperative matrices, which the tensor tier's kernels use
+                // as naga and the driver are known to take them; without it, or on a device that a host opened without,
+                // that tier is not there.
+                experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
                 ..Default::default()
             })
             .await
             .map_err(|error| Error::Gpu(format!("opening {}: {error}", adapter.get_info().name)))?;
-        Ok(Context::gpu(device, queue, adapter, true))
+        Ok(Context::gpu(device, queue, adapter, true, options.emulate_tensor))
     }
 
     /// Works on the caller's device. Nothing is submitted or blocked on but by the functions that say so, and the
     /// device's callbacks stay the caller's. [`Caps::useful_features`] says what to open the device with.
     pub fn from_wgpu(device: wgpu::Device, queue: wgpu::Queue, adapter: &wgpu::Adapter) -> Context {
-        Context::gpu(device, queue, adapter, false)
+        Context::gpu(device, queue, adapter, false, false)
     }
 
     fn gpu(
@@ -167,8 +176,9 @@ impl Context {
         queue: wgpu::Queue,
         adapter: &wgpu::Adapter,
         own: bool,
+        emulate_tensor: bool,
     ) -> Context {
-        let gpu = Gpu::new(device, queue, Caps::probe(adapter), own);
+        let gpu = Gpu::new(device, queue, adapter, own, emulate_tensor);
         Context { engine: Arc::new(Engine::Gpu(Box::new(gpu))) }
     }
 
@@ -250,7 +260,8 @@ impl Context {
         let mut device = DeviceMxTensor::new(self, spec, axis, rows, cols)?;
         device.codes.write(self, tensor.codes())?;
         device.scales.write(self, tensor.scales())?;
-        let state = [0, 0, tensor.tensor_scale().to_bits(), 0];
+        let mut state = vec![0, 0, tensor.tensor_scale().to_bits(), 0];
+        state.extend(anchors(tensor.layout(), tensor.scales()));
         device.state.write(self, bytemuck::cast_slice(&state))?;
         Ok(device)
     }

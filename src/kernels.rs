@@ -4,12 +4,15 @@
 //! A host with its own scheduler takes a [`Kernel`] from [`quantize::kernels`] or [`dequantize::kernels`] and runs it
 //! itself; [`Quantize::record`] and [`Dequantize::record`] are the other way in.
 
+pub mod anchors;
 pub mod copy;
 pub mod dequantize;
+pub mod matmul;
 pub mod quantize;
 
 pub use copy::Copy;
 pub use dequantize::{Dequantize, DequantizeDesc};
+pub use matmul::{Extras, Groups, Matmul, MatmulDesc, Operand, Output, Tier, Values};
 pub use quantize::{Quantize, QuantizeDesc};
 
 use crate::engine::buffer::DType;
@@ -20,7 +23,9 @@ use crate::formats::{Block, Element, MxSpec, ScaleFormat};
 pub fn all() -> Vec<Kernel> {
     let mut kernels = quantize::kernels();
     kernels.extend(dequantize::kernels());
+    kernels.extend(anchors::kernels());
     kernels.extend(copy::kernels());
+    kernels.extend(matmul::kernels());
     kernels
 }
 

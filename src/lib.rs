@@ -30,6 +30,9 @@ pub use formats::{
     Axis, Block, Element, Layout, MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8_E4M3, MXFP8_E5M2, MXINT8,
     MxSpec, MxTensor, NVFP4, Rounding, ScaleFormat, ScaleRule,
 };
-pub use kernels::{Dequantize, DequantizeDesc, Quantize, QuantizeDesc};
+pub use kernels::{
+    Dequantize, DequantizeDesc, Groups, Matmul, MatmulDesc, Operand, Output, Quantize,
+    QuantizeDesc, Tier,
+};
 /// The graphics API that the crate's public types come from.
 pub use wgpu;

@@ -314,12 +314,13 @@ pub struct DeviceMxTensor {
     pub(crate) layout: Layout,
     pub(crate) codes: Rows,
     pub(crate) scales: Rows,
-    /// [0] blocks with NaN or infinity, [1] NVFP4's amax, [2] NVFP4's tensor-wide scale; f32 bits.
+    /// [0] blocks with NaN or infinity, [1] NVFP4's amax, [2] NVFP4's tensor-wide scale, f32 bits; from [`STATE_WORDS`] on
+    /// the anchors, see [`crate::kernels::anchors`].
     pub(crate) state: Rows,
 }
 
-/// Bytes of [`DeviceMxTensor`]'s `state`.
-pub(crate) const STATE_BYTES: usize = 16;
+/// Words of [`DeviceMxTensor`]'s `state` before the anchors.
+pub(crate) const STATE_WORDS: usize = 4;
 
 impl DeviceMxTensor {
     pub(crate) fn new(
@@ -334,7 +335,9 @@ impl DeviceMxTensor {
         let codes = Rows::new(ctx, "mx.codes", layout.lines(), layout.line_bytes(), chunk_lines)?;
         let chunk = chunk_lines.div_ceil(spec.block.lines());
         let scales = Rows::new(ctx, "mx.scales", layout.scale_rows(), layout.blocks(), chunk)?;
-        let state = Rows::new(ctx, "mx.state", 1, STATE_BYTES, 1)?;
+        let words = STATE_WORDS + layout.anchors();
+        ctx.chunk_rows("the anchors of a tensor", 1, words * 4)?;
+        let state = Rows::new(ctx, "mx.state", 1, words * 4, 1)?;
         Ok(DeviceMxTensor { layout, codes, scales, state })
     }
 

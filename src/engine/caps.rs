@@ -202,6 +202,9 @@ impl Caps {
     pub fn useful_features(adapter: &wgpu::Adapter) -> wgpu::Features {
         adapter.features()
             & (wgpu::Features::SUBGROUP
+                | wgpu::Features::SHADER_F16
+                | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX
+                | wgpu::Features::PASSTHROUGH_SHADERS
                 | wgpu::Features::TIMESTAMP_QUERY
                 | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS)
     }

@@ -18,6 +18,10 @@ pub(crate) struct Gpu {
     pub(crate) caps: Caps,
     /// The largest buffer that can be bound whole.
     pub(crate) max_binding: u64,
+    /// Whether the tensor tier may be emulated.
+    pub(crate) emulate_tensor: bool,
+    /// The cooperative matrices of the adapter: the sides of A's rows, B's columns and what is contracted, f16 to f32.
+    pub(crate) matrices: Vec<[u32; 3]>,
     pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
     lost: Arc<Mutex<Option<String>>>,
 }
@@ -30,7 +34,13 @@ pub(crate) struct Pipeline {
 
 impl Gpu {
     /// `own`: the device was opened by this crate, which may then listen for its loss.
-    pub(crate) fn new(device: wgpu::Device, queue: wgpu::Queue, caps: Caps, own: bool) -> Gpu {
+    pub(crate) fn new(
+        device: wgpu::Device,
+        queue: wgpu::Queue,
+        adapter: &wgpu::Adapter,
+        own: bool,
+        emulate_tensor: bool,
+    ) -> Gpu {
         let limits = device.limits();
         // Shaders index words by u32, and bytes of scales too.
         let max_binding = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size) & !15;
@@ -42,7 +52,25 @@ impl Gpu {
                     Some(format!("{reason:?}: {message}"));
             });
         }
-        Gpu { device, queue, caps, max_binding, pipelines: Mutex::default(), lost }
+        let matrices = adapter
+            .cooperative_matrix_properties()
+            .iter()
+            .filter(|m| {
+                m.ab_type == wgpu::CooperativeScalarType::F16
+                    && m.cr_type == wgpu::CooperativeScalarType::F32
+            })
+            .map(|m| [m.m_size, m.n_size, m.k_size])
+            .collect();
+        Gpu {
+            device,
+            queue,
+            caps: Caps::probe(adapter),
+            max_binding,
+            emulate_tensor,
+            matrices,
+            pipelines: Mutex::default(),
+            lost,
+        }
     }
 
     /// An error if the device is known to be lost.
@@ -221,7 +249,14 @@ impl Gpu {
                 has: format!("the device was opened with {:?}", self.device.features()),
             });
         }
-        let pipeline = Arc::new(self.checked(&kernel.name, 0, || self.build(&kernel))?);
+        #[cfg(not(target_arch = "wasm32"))]
+        let spirv = match kernel.spirv {
+            false => None,
+            true => Some(super::spirv::compile(&kernel.wgsl).map_err(Error::Gpu)?),
+        };
+        #[cfg(target_arch = "wasm32")]
+        let spirv = None;
+        let pipeline = Arc::new(self.checked(&kernel.name, 0, || self.build(&kernel, spirv))?);
         self.pipelines
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -229,16 +264,36 @@ impl Gpu {
         Ok(pipeline)
     }
 
-    fn build(&self, kernel: &Kernel) -> Pipeline {
+    fn build(&self, kernel: &Kernel, spirv: Option<Vec<u32>>) -> Pipeline {
         let label = Some(kernel.name.as_str());
         let descriptor = wgpu::ShaderModuleDescriptor {
             label,
             source: wgpu::ShaderSource::Wgsl(kernel.wgsl.as_str().into()),
         };
         let checks = wgpu::ShaderRuntimeChecks { force_loop_bounding: false, ..Default::default() };
-        // SAFETY: bounds checks stay on. Loop bounding is off, which requires that no loop is infinite:
-        // every loop of shaders/ counts up to a constant.
-        let module = unsafe { self.device.create_shader_module_trusted(descriptor, checks) };
+        let module = match spirv {
+            // SAFETY: bounds checks stay on. Loop bounding is off, which requires that no loop is infinite: every loop of
+            // shaders/ counts up to a constant or a parameter.
+            None => unsafe { self.device.create_shader_module_trusted(descriptor, checks) },
+            Some(words) => {
+                let entry = wgpu::PassthroughShaderEntryPoint {
+                    name: "main".into(),
+                    workgroup_size: (kernel.workgroup_size, 1, 1),
+                };
+                // SAFETY: the module comes from naga, corrected as src/engine/spirv.rs says; its kernels keep within their
+                // bindings and workgroup memory.
+                unsafe {
+                    self.device.create_shader_module_passthrough(
+                        wgpu::ShaderModuleDescriptorPassthrough {
+                            label,
+                            entry_points: vec![entry].into(),
+                            spirv: Some(words.into()),
+                            ..Default::default()
+                        },
+                    )
+                }
+            }
+        };
         let entries: Vec<_> = (0..)
             .zip(&kernel.bindings)
             .map(|(binding, kind)| wgpu::BindGroupLayoutEntry {

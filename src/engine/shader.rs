@@ -27,9 +27,12 @@ pub struct Kernel {
     pub workgroup_size: u32,
     /// What the shader needs of the device.
     pub features: wgpu::Features,
+    /// Whether the WGSL must be compiled by [`crate::engine::spirv`] and handed over as SPIR-V.
+    pub spirv: bool,
 }
 
 /// Builds a module from constants and fragments.
+#[derive(Default)]
 pub(crate) struct Source {
     text: String,
 }
@@ -58,6 +61,23 @@ impl Source {
         self.text += "\n";
         self.text += text;
         self
+    }
+
+    pub(crate) fn line(mut self, text: &str) -> Source {
+        self.text += text;
+        self.text.push('\n');
+        self
+    }
+
+    pub(crate) fn append(mut self, other: Source) -> Source {
+        self.text += &other.text;
+        self
+    }
+
+    /// A fragment for one operand: its `op_` and `OP_` become `a_` and `A_`, say.
+    pub(crate) fn operand(self, name: char, text: &str) -> Source {
+        let (lower, upper) = (format!("{name}_"), format!("{}_", name.to_ascii_uppercase()));
+        self.fragment(&text.replace("op_", &lower).replace("OP_", &upper))
     }
 
     pub(crate) fn build(self) -> String {

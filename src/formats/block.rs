@@ -76,6 +76,11 @@ impl Layout {
         self.lines().div_ceil(self.spec.block.lines())
     }
 
+    /// Anchors: one for every row of scales, and for square blocks one for every column too.
+    pub(crate) fn anchors(&self) -> usize {
+        self.scale_rows() + if self.spec.block.lines() > 1 { self.blocks() } else { 0 }
+    }
+
     /// Bytes of all codes.
     pub fn codes_len(&self) -> usize {
         self.lines() * self.line_bytes()

@@ -82,6 +82,7 @@ fn kernel() -> Kernel {
         bindings: vec![Binding::Params, Binding::Read, Binding::Write],
         workgroup_size: WORKGROUP,
         features: wgpu::Features::empty(),
+        spirv: false,
     }
 }
 

@@ -247,6 +247,7 @@ impl Variant {
             ],
             workgroup_size: WORKGROUP,
             features: wgpu::Features::empty(),
+            spirv: false,
         }
     }
 }

@@ -10,7 +10,7 @@
 
 mod fast;
 
-use crate::engine::buffer::{Chunk, DType, DeviceMxTensor, Tensor};
+use crate::engine::buffer::{Chunk, DType, DeviceMxTensor, STATE_WORDS, Tensor};
 use crate::engine::shader::{Binding, Kernel, Source, shader};
 use crate::engine::{Context, Stream, gpu::Gpu};
 use crate::formats::element::{Element, INFINITY, Round};
@@ -19,7 +19,7 @@ use crate::formats::{Axis, Layout, MxSpec, MxTensor, Rounding, ScaleFormat, Scal
 use crate::rng::{self, RoundingBits};
 use crate::{Error, Result};
 
-use super::{UNIT, WORKGROUP, all_specs, codec, format_constants, format_name, type_constants};
+use super::{UNIT, WORKGROUP, anchors, all_specs, codec, format_constants, format_name, type_constants};
 
 /// What [`Quantize`] does.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -75,7 +75,7 @@ impl QuantizeDesc {
     }
 
     /// The shaders' `carry`: the fraction of amax from which an E8M0 scale doubles, or whether E4M3 rounds up.
-    fn carry(&self) -> u32 {
+    pub(super) fn carry(&self) -> u32 {
         match self.spec.scale {
             ScaleFormat::E8M0 => carry_threshold(self.spec.element, self.rule()),
             ScaleFormat::E4M3 => u32::from(self.rule() == ScaleRule::Rceil),
@@ -127,7 +127,12 @@ impl Quantize {
             });
         }
         stream.context().check_same(&x.data, &out.codes)?;
-        if stream.gpu().is_some() { self.record_gpu(stream, x, out) } else { self.run_cpu(x, out) }
+        if stream.gpu().is_some() {
+            self.record_gpu(stream, x, out)?;
+        } else {
+            self.run_cpu(x, out)?;
+        }
+        anchors::record(stream, out)
     }
 
     fn record_gpu(&self, stream: &mut Stream<'_>, x: &Tensor, out: &DeviceMxTensor) -> Result<()> {
@@ -321,6 +326,18 @@ impl MxTensor {
 }
 
 // ---- The twin ------------------------------------------------------------------------------------------------------
+
+/// Packs f32 bits, row-major, into `out` on the CPU engine; its anchors too.
+pub(super) fn pack_on_cpu(desc: &QuantizeDesc, x: &[u32], out: &mut DeviceMxTensor) {
+    let codes_len = out.codes.bytes();
+    let scales_len = out.scales.bytes();
+    let codes = &mut bytemuck::cast_slice_mut(out.codes.cpu_mut())[..codes_len];
+    let scales = &mut bytemuck::cast_slice_mut(out.scales.cpu_mut())[..scales_len];
+    let state = twin(desc, DType::F32, x, &out.layout, codes, scales);
+    let anchors = anchors::anchors(&out.layout, scales);
+    out.state.cpu_mut()[..3].copy_from_slice(&state);
+    out.state.cpu_mut()[STATE_WORDS..].copy_from_slice(&anchors);
+}
 
 /// Quantizes `x` (packed in words) on the CPU, on all cores. Returns the state: blocks with NaN or infinity, NVFP4's
 /// amax and tensor-wide scale.
@@ -663,6 +680,7 @@ impl Variant {
                 Form::Tile { axis, .. } => tile(axis)[2],
             },
             features: if subgroup { wgpu::Features::SUBGROUP } else { wgpu::Features::empty() },
+            spirv: false,
         }
     }
 }
@@ -685,6 +703,7 @@ fn amax_kernel(dtype: DType) -> Kernel {
         bindings: vec![Binding::Params, Binding::Read, Binding::Write],
         workgroup_size: WORKGROUP,
         features: wgpu::Features::empty(),
+        spirv: false,
     }
 }
 

@@ -1,0 +1,35 @@
+// Rows of A grouped by expert. groups: [0] how often a group was invalid; then groups + 1 row offsets; then groups expert
+// ids. A group is invalid if its offsets descend or pass the last row, or if there is no such expert; its rows become NaN.
+
+fn tile_grouped(place: Tile, tm: u32) -> Tile {
+    var tile = place;
+    var before = 0u;
+    for (var g = 0u; g < p.groups; g++) {
+        let start = atomicLoad(&groups[1u + g]);
+        let end = atomicLoad(&groups[2u + g]);
+        let expert = atomicLoad(&groups[2u + p.groups + g]);
+        let valid = start <= end && end <= p.m && expert < p.experts;
+        let rows = min(end, p.m) - min(start, min(end, p.m));
+        let count = (rows + BM - 1u) / BM;
+        if (!valid && tm == 0u && tile.col == 0u) { atomicAdd(&groups[0], 1u); }
+        if (tm >= before && tm < before + count) {
+            tile.row = start + (tm - before) * BM;
+            tile.rows = rows - (tm - before) * BM;
+            tile.y_row = p.y_row + tile.row;
+            tile.valid = valid;
+            operands_at(0u, min(expert, p.experts - 1u));
+        }
+        before += count;
+    }
+    // The workgroup beyond the last tile has nothing to do.
+    tile.there = tile.there && tm < before;
+    return tile;
+}
+
+var<workgroup> wg_there: u32;
+
+// Known to be the same for the whole workgroup, which barriers ask for.
+fn tile_uniformly_there(tile: Tile, lane: u32) -> bool {
+    if (lane == 0u) { wg_there = u32(tile.there); }
+    return workgroupUniformLoad(&wg_there) != 0u;
+}

@@ -1,0 +1,60 @@
+// matmul_skinny: M rows of A (decoding) times all lines of B, each read once: a workgroup takes RN lines of B; an invocation
+// takes 32 positions of k of every (WG / LANES)-th of them, and its products go through workgroup memory to the invocation
+// that adds them in ascending order.
+// Numerics: as shaders/matmul.wgsl, and the same bits in the exact tier.
+// Dispatch: tiles_m · tiles_n · batch workgroups, spread over x and y
+// Twin:     src/kernels/matmul/cpu.rs
+
+const LANES = 32u;
+const ABREAST = WG / LANES;
+const PASSES = RN / ABREAST;
+const TERMS = LANES * SEGMENTS;
+const BM = M;
+const BN = RN;
+const STRIP_ROWS = M;
+
+// A's 32 positions of lane l, row m, word w: a_memory[(m · WORDS + w) · LANES + l].
+var<workgroup> a_memory: array<Word, M * WORDS * LANES>;
+// Term t of output o: terms[o · TERMS + (t ^ (o % 32))], so that neither writing nor adding meets one bank twice. At the end
+// the strip of sums.
+var<workgroup> terms: array<f32, M * RN * TERMS>;
+
+fn strip_get(i: u32) -> f32 { return terms[i]; }
+fn strip_put(i: u32, bits: u32) { terms[i] = bitcast<f32>(bits); }
+
+@compute @workgroup_size(WG)
+fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3<u32>,
+        @builtin(local_invocation_index) lane: u32) {
+    let tile = tile_place(wg.y * wgs.x + wg.x);
+    if (!tile_uniformly_there(tile, lane)) { return; }
+    let l = lane % LANES;
+    let abreast = lane / LANES;
+    var sum = 0.0;
+    for (var k0 = 0u; k0 < p.k; k0 += LANES * 32u) {
+        let k = k0 + l * 32u;
+        // A's part of this chunk.
+        for (var u = lane; u < M * 4u * LANES; u += WG) {
+            let m = u / (4u * LANES);
+            let part = u / LANES % 4u;
+            stage_a(m, part, u % LANES, a_eight(min(tile.row + m, tile.row + tile.rows - 1u), k0 + (u % LANES) * 32u + part * 8u));
+        }
+        workgroupBarrier();
+        for (var pass_ = 0u; pass_ < PASSES; pass_++) {
+            let n = pass_ * ABREAST + abreast;
+            line_terms(min(tile.col + n, p.n - 1u), n, tile, k, l);
+        }
+        workgroupBarrier();
+        if (lane < M * RN) {
+            for (var t = 0u; t < TERMS; t++) { sum += terms[lane * TERMS + (t ^ (lane % 32u))]; }
+        }
+        workgroupBarrier();
+    }
+    if (lane < M * RN) { terms[lane] = sum; }
+    workgroupBarrier();
+    strip_store(tile, 0u, lane);
+}
+
+fn put_term(m: u32, n: u32, t: u32, term: f32) {
+    let o = m * RN + n;
+    terms[o * TERMS + (t ^ (o % 32u))] = term;
+}

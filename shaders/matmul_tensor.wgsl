@@ -1,0 +1,70 @@
+// matmul_tensor: a tile of BM × BN outputs a workgroup, by cooperative matrices: both operands decoded to f16 in workgroup
+// memory, sums in f32. A subgroup of 32 has FM × FN fragments.
+// Numerics: bounded. Operands are f16 relative to their lines' anchors: exact down to 2^-24 of the scale, see
+//           lib/operand_halves.wgsl; sums are the device's.
+// Order:    k is read in chunks of 128, a stage of 32 positions being 8 of each of the chunk's four blocks of 32: an invocation
+//           then decodes codes of one block, which it loaded at once. Any order serves that both operands share.
+// Dispatch: tiles_m · tiles_n · batch workgroups, spread over x and y
+
+const BM = SUBGROUPS_M * FM * FRAGMENT;
+const BN = SUBGROUPS_N * FN * FRAGMENT;
+const STRIP_ROWS = SUBGROUPS_M * FRAGMENT;
+// 16-byte units of a row of a stage, one of them to spread the rows over the banks.
+const PITCH = 5u;
+const TILE_UNITS = (BM + BN) * PITCH;
+// Four invocations a row.
+const ROW_STEP = WG / 4u;
+const A_UNITS = BM / ROW_STEP;
+const B_UNITS = BN / ROW_STEP;
+const A_ROW0 = 0u;
+const B_ROW0 = BM;
+
+var<private> own_part: u32;
+var<private> own_lane: u32;
+
+fn lane_part() -> u32 { return own_part; }
+
+@compute @workgroup_size(WG)
+fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3<u32>,
+        @builtin(local_invocation_index) lane: u32) {
+    let tile = tile_place(wg.y * wgs.x + wg.x);
+    if (!tile_uniformly_there(tile, lane)) { return; }
+    let subgroup = lane / 32u;
+    let subgroup_m = subgroup / SUBGROUPS_N;
+    let a_row = subgroup_m * FRAGMENT;
+    let b_row = subgroup % SUBGROUPS_N * (FN * FRAGMENT);
+    let part = lane % 4u;
+    own_part = part;
+    own_lane = lane % 32u;
+    // Within eight rows 0, 4, 1, 5, …: then eight neighbours write to all banks.
+    let q = lane / 4u;
+    let r0 = (q & ~7u) | ((q & 1u) << 2u) | ((q >> 1u) & 3u);
+    let a_limit = tile.row + tile.rows - 1u;
+    let b_limit = p.n - 1u;
+    var a_units: array<a_Unit, A_UNITS>;
+    var b_units: array<b_Unit, B_UNITS>;
+    var sums: Sums;
+    sums_zero(&sums);
+
+    a_fetch(&a_units, tile.row, a_limit, r0, 0u);
+    b_fetch(&b_units, tile.col, b_limit, r0, 0u);
+    for (var k = 0u; k < p.k; k += 128u) {
+        for (var j = 0u; j < 4u; j++) {
+            a_stage(&a_units, tile.row, a_limit, r0, k, part, j);
+            b_stage(&b_units, tile.col, b_limit, r0, k, part, j);
+            workgroupBarrier();
+            if (j == 3u && k + 128u < p.k) {
+                a_fetch(&a_units, tile.row, a_limit, r0, k + 128u);
+                b_fetch(&b_units, tile.col, b_limit, r0, k + 128u);
+            }
+            multiply(&sums, a_row, b_row);
+            workgroupBarrier();
+        }
+    }
+    for (var i = 0u; i < FM; i++) {
+        strip_fragments(&sums, i, subgroup_m, b_row, lane);
+        workgroupBarrier();
+        strip_store(tile, i * STRIP_ROWS, lane);
+        workgroupBarrier();
+    }
+}

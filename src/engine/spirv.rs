@@ -1,0 +1,124 @@
+//! WGSL to SPIR-V for what naga cannot say yet, for drivers that take SPIR-V as it is.
+//!
+//! naga 30 writes the module; three instructions are then put right, each of them local and checked by its pattern:
+//! - cooperative matrices A and B loaded from memory typed f32 get the component type f16, which Vulkan allows whatever the
+//!   pointer's type is (SPV_KHR_cooperative_matrix), and naga does not;
+//! - `unpack2x16float` followed by the conversion to f16, and the converse, become the bitcast that they are (naga types
+//!   `bitcast<vec2<f16>>` wrongly); exact either way.
+
+use std::collections::HashMap;
+
+use naga::back::spv;
+use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
+use naga::valid::{Capabilities, ValidationFlags, Validator};
+
+/// Instructions of a module: opcode and operands.
+type Instruction = (u16, Vec<u32>);
+
+const OP_EXT_INST: u16 = 12;
+const OP_TYPE_INT: u16 = 21;
+const OP_TYPE_FLOAT: u16 = 22;
+const OP_TYPE_VECTOR: u16 = 23;
+const OP_CONSTANT: u16 = 43;
+const OP_F_CONVERT: u16 = 115;
+const OP_BITCAST: u16 = 124;
+const OP_TYPE_COOPERATIVE_MATRIX: u16 = 4456;
+const GLSL_PACK_HALF_2X16: u32 = 58;
+const GLSL_UNPACK_HALF_2X16: u32 = 62;
+
+/// The words of a SPIR-V module for `wgsl`. Indices into workgroup memory are not checked, nor those into bindings beyond
+/// what the device does itself: the kernels that come here keep within both.
+pub fn compile(wgsl: &str) -> Result<Vec<u32>, String> {
+    let module = naga::front::wgsl::parse_str(wgsl).map_err(|error| error.emit_to_string(wgsl))?;
+    let capabilities = Capabilities::SHADER_FLOAT16
+        | Capabilities::SHADER_FLOAT16_IN_FLOAT32
+        | Capabilities::COOPERATIVE_MATRIX;
+    let info = Validator::new(ValidationFlags::all(), capabilities)
+        .validate(&module)
+        .map_err(|error| error.emit_to_string(wgsl))?;
+    let options = spv::Options {
+        lang_version: (1, 6),
+        flags: spv::WriterFlags::empty(),
+        bounds_check_policies: BoundsCheckPolicies {
+            index: BoundsCheckPolicy::Unchecked,
+            buffer: BoundsCheckPolicy::Unchecked,
+            image_load: BoundsCheckPolicy::Unchecked,
+            binding_array: BoundsCheckPolicy::Unchecked,
+        },
+        zero_initialize_workgroup_memory: spv::ZeroInitializeWorkgroupMemoryMode::None,
+        force_loop_bounding: false,
+        emit_int_div_checks: false,
+        ..Default::default()
+    };
+    let words =
+        spv::write_vec(&module, &info, &options, None).map_err(|error| error.to_string())?;
+    correct(&words)
+}
+
+fn correct(words: &[u32]) -> Result<Vec<u32>, String> {
+    let (header, mut rest) = words.split_at(5);
+    let mut instructions: Vec<Instruction> = Vec::new();
+    while let Some(first) = rest.first() {
+        let length = (first >> 16) as usize;
+        instructions.push((*first as u16, rest[1..length].to_vec()));
+        rest = &rest[length..];
+    }
+    let id = |matches: &dyn Fn(&Instruction) -> bool| {
+        instructions.iter().find(|i| matches(i)).map(|i| i.1[0])
+    };
+    let f16 = id(&|(op, a)| *op == OP_TYPE_FLOAT && a[1] == 16).ok_or("no f16 in the module")?;
+    let half2 = id(&|(op, a)| *op == OP_TYPE_VECTOR && a[1] == f16 && a[2] == 2);
+    let u32_type = id(&|(op, a)| *op == OP_TYPE_INT && a[1] == 32 && a[2] == 0);
+
+    let mut constants = HashMap::new();
+    let mut unpacked = HashMap::new();
+    let mut converted = HashMap::new();
+    for (op, a) in &mut instructions {
+        match *op {
+            OP_CONSTANT => {
+                constants.insert(a[1], a[2]);
+            }
+            // Operands: result, component type, scope, rows, columns, use (0 for A, 1 for B).
+            OP_TYPE_COOPERATIVE_MATRIX if constants.get(&a[5]).is_some_and(|used| *used < 2) => {
+                a[1] = f16;
+            }
+            OP_EXT_INST if a.len() == 5 && a[3] == GLSL_UNPACK_HALF_2X16 => {
+                unpacked.insert(a[1], a[4]);
+            }
+            OP_F_CONVERT if Some(a[0]) == half2 && unpacked.contains_key(&a[2]) => {
+                *op = OP_BITCAST;
+                a[2] = unpacked[&a[2]];
+            }
+            OP_F_CONVERT => {
+                converted.insert(a[1], a[2]);
+            }
+            OP_EXT_INST
+                if a.len() == 5
+                    && a[3] == GLSL_PACK_HALF_2X16
+                    && Some(a[0]) == u32_type
+                    && converted.contains_key(&a[4]) =>
+            {
+                *op = OP_BITCAST;
+                *a = vec![a[0], a[1], converted[&a[4]]];
+            }
+            _ => {}
+        }
+    }
+    // A type must stand before its first use.
+    let float = instructions.iter().position(|(op, a)| *op == OP_TYPE_FLOAT && a[1] == 16);
+    let matrix = instructions
+        .iter()
+        .position(|(op, a)| *op == OP_TYPE_COOPERATIVE_MATRIX && a[1] == f16);
+    if let (Some(float), Some(matrix)) = (float, matrix) {
+        if matrix < float {
+            let instruction = instructions.remove(float);
+            instructions.insert(matrix, instruction);
+        }
+    }
+    let mut out = header.to_vec();
+    for (op, operands) in instructions {
+        out.push((operands.len() as u32 + 1) << 16 | u32::from(op));
+        out.extend(operands);
+    }
+    Ok(out)
+}

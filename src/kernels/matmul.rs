@@ -1,0 +1,747 @@
+//! Matrix products on packed operands: `y = alpha · A · Bᵀ + beta · y + bias`, A `[m, k]`, B `[n, k]`, y `[m, n]`.
+//!
+//! Either operand is MX in any format, its blocks along the contracted axis, or dense. Square-block and dense operands may
+//! also be contracted over their other axis ([`Operand::transposed`]). Products may be batched, or grouped by expert.
+//!
+//! # Tiers
+//! - [`Tier::Exact`]: E2M1, E2M3 and INT8 codes are small integers, so a block's dot product is exact in `dot4I8Packed`.
+//!   **Exact**: the same bits on every engine.
+//! - [`Tier::Tensor`]: cooperative matrices, f16 operands and f32 accumulators. Bounded.
+//! - [`Tier::Alu`]: f32 arithmetic, any operand. Bounded.
+//!
+//! # Numerics
+//! Every line of an MX operand has an *anchor* r, its largest E8M0 scale byte, kept with the tensor. Elements are decoded
+//! relative to it, products are summed in f32, and 2^(rA − 127 + rB − 127) (NVFP4: the tensor-wide scales) is applied once at
+//! the end, rounded once, by integer arithmetic: sums neither overflow nor become subnormal. A NaN scale is the anchor 255 and
+//! makes its whole line of outputs NaN.
+//!
+//! The exact tier cuts k into *segments* of 32 elements (16 if a block has 16). With s the integer dot product of a segment's
+//! codes and fa, fb its scales relative to the anchors, `acc += f32(s) · (fa · fb)` in ascending order; the products are exact,
+//! and each sum is rounded to nearest. A block whose scale is below 2⁻¹⁰⁷ of its line's largest counts as zero.
+//! Shaders: `shaders/matmul.wgsl` (tiles), `shaders/matmul_skinny.wgsl` (few rows), `shaders/matmul_tensor.wgsl`,
+//! `shaders/anchors.wgsl`.
+
+mod cpu;
+mod gpu;
+mod tier;
+
+pub use gpu::kernels;
+
+use crate::engine::buffer::{DType, DeviceMxTensor, Rows, STATE_WORDS, Tensor};
+use crate::engine::{Context, Stream};
+use crate::formats::element::{INFINITY, NAN, f32_from_parts, normalize};
+use crate::formats::{Axis, Element, Layout, MxSpec, ScaleFormat};
+use crate::kernels::QuantizeDesc;
+use crate::{Error, Result};
+
+/// How a product is computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Tier {
+    /// The fastest that the engine has for the problem; [`Matmul::tier`] and [`Matmul::why`] say which and why.
+    #[default]
+    Auto,
+    /// Integer dot products; the same bits on every engine.
+    Exact,
+    /// Cooperative matrices: f16 operands, f32 accumulators.
+    Tensor,
+    /// f32 arithmetic.
+    Alu,
+}
+
+/// What an operand holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Values {
+    /// A packed tensor.
+    Mx(MxSpec),
+    /// A dense tensor.
+    Dense(DType),
+}
+
+/// One operand of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Operand {
+    /// What it holds.
+    pub values: Values,
+    /// Whether it is contracted over its other axis: dense `[k, m]` instead of `[m, k]`; MX over its lines instead of along
+    /// them, which only square blocks allow.
+    pub transposed: bool,
+}
+
+impl From<MxSpec> for Operand {
+    fn from(spec: MxSpec) -> Operand {
+        Operand { values: Values::Mx(spec), transposed: false }
+    }
+}
+
+impl From<DType> for Operand {
+    fn from(dtype: DType) -> Operand {
+        Operand { values: Values::Dense(dtype), transposed: false }
+    }
+}
+
+impl Operand {
+    /// The same, contracted over the other axis.
+    pub const fn transposed(self) -> Operand {
+        Operand { transposed: !self.transposed, ..self }
+    }
+}
+
+/// What a product is written as.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Output {
+    /// A dense tensor; f16 and bf16 rounded to nearest even.
+    Dense(DType),
+    /// Quantized in the same dispatch, with blocks along the rows of y. NVFP4 needs its `tensor_scale` given.
+    Mx(QuantizeDesc),
+}
+
+impl From<DType> for Output {
+    fn from(dtype: DType) -> Output {
+        Output::Dense(dtype)
+    }
+}
+
+impl From<QuantizeDesc> for Output {
+    fn from(desc: QuantizeDesc) -> Output {
+        Output::Mx(desc)
+    }
+}
+
+/// What [`Matmul`] does. Set `m`, `n`, `k`; the rest has defaults: one product of two MXFP4 operands to f32, any tier.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MatmulDesc {
+    /// Rows of A and of y (in all groups together, if grouped).
+    pub m: usize,
+    /// Rows of B, columns of y (of one expert, if grouped).
+    pub n: usize,
+    /// The contracted length.
+    pub k: usize,
+    /// A.
+    pub a: Operand,
+    /// B.
+    pub b: Operand,
+    /// y.
+    pub out: Output,
+    /// How many products: operands and y are stacked along their first logical axis.
+    pub batch: usize,
+    /// Grouped: B is a stack of this many experts' matrices, and [`Groups`] says which rows of A go to which.
+    pub experts: Option<usize>,
+    /// The factor of the product.
+    pub alpha: f32,
+    /// The factor of what y holds already; dense outputs only. Zero ignores it, NaN included.
+    pub beta: f32,
+    /// Whether a bias `[1, n]` in f32 is added.
+    pub bias: bool,
+    /// How to compute it.
+    pub tier: Tier,
+}
+
+impl Default for MatmulDesc {
+    fn default() -> Self {
+        MatmulDesc {
+            m: 0,
+            n: 0,
+            k: 0,
+            a: crate::MXFP4.into(),
+            b: crate::MXFP4.into(),
+            out: Output::Dense(DType::F32),
+            batch: 1,
+            experts: None,
+            alpha: 1.0,
+            beta: 0.0,
+            bias: false,
+            tier: Tier::Auto,
+        }
+    }
+}
+
+/// The rows of a grouped product: group g's rows are `offsets[g] .. offsets[g + 1]`, multiplied with the matrix of expert
+/// `experts[g]`. Lives on the device, so that a router may write it there; empty groups are allowed, and rows outside all
+/// groups are not touched (packed outputs: zero).
+#[derive(Debug)]
+pub struct Groups {
+    groups: usize,
+    /// [0] invalid groups met; groups + 1 offsets; groups experts.
+    data: Rows,
+}
+
+impl Groups {
+    /// From the host. Checked: as many offsets as experts and one more, ascending, every expert below `experts_total`.
+    pub fn new(
+        ctx: &Context,
+        offsets: &[u32],
+        experts: &[u32],
+        experts_total: usize,
+    ) -> Result<Groups> {
+        let mismatch = |problem| Err(Error::Mismatch { operation: "Groups::new", problem });
+        if offsets.len() != experts.len() + 1 {
+            return mismatch(format!(
+                "{} offsets for {} experts: one more offset than experts",
+                offsets.len(),
+                experts.len()
+            ));
+        }
+        if let Some(g) = offsets.windows(2).position(|o| o[1] < o[0]) {
+            return mismatch(format!(
+                "group {g} starts at row {} and ends at row {}",
+                offsets[g],
+                offsets[g + 1]
+            ));
+        }
+        if let Some(g) = experts.iter().position(|e| *e as usize >= experts_total) {
+            return mismatch(format!(
+                "group {g} asks for expert {} of {experts_total}",
+                experts[g]
+            ));
+        }
+        let words: Vec<u32> = [&[0], offsets, experts].concat();
+        let mut data = Rows::new(ctx, "mx.groups", 1, words.len() * 4, 1)?;
+        data.write(ctx, bytemuck::cast_slice(&words))?;
+        Ok(Groups { groups: experts.len(), data })
+    }
+
+    /// Over a buffer of the caller's, with usage `STORAGE`: a word that is zero, then groups + 1 offsets, then groups experts,
+    /// u32 each. The values are checked on the device: a group whose offsets descend or pass the last row, or whose expert
+    /// does not exist, gives NaN and is counted ([`Groups::invalid`]).
+    pub fn from_buffer(ctx: &Context, groups: usize, buffer: wgpu::Buffer) -> Result<Groups> {
+        let tensor = Tensor::from_buffer(ctx, DType::F32, 1, 2 * groups + 2, buffer)?;
+        Ok(Groups { groups, data: tensor.data })
+    }
+
+    /// How many groups were invalid, over all products so far. Waits as [`Context::read`].
+    pub async fn invalid(&self, ctx: &Context) -> Result<u32> {
+        let bytes = self.data.read(ctx).await?;
+        Ok(bytemuck::pod_read_unaligned(&bytes[..4]))
+    }
+
+    /// How many groups.
+    pub fn len(&self) -> usize {
+        self.groups
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.groups == 0
+    }
+}
+
+/// An operand handed to [`Matmul::record`].
+#[derive(Clone, Copy, Debug)]
+pub enum Input<'a> {
+    /// Packed.
+    Mx(&'a DeviceMxTensor),
+    /// Dense.
+    Dense(&'a Tensor),
+}
+
+impl<'a> From<&'a DeviceMxTensor> for Input<'a> {
+    fn from(tensor: &'a DeviceMxTensor) -> Self {
+        Input::Mx(tensor)
+    }
+}
+
+impl<'a> From<&'a Tensor> for Input<'a> {
+    fn from(tensor: &'a Tensor) -> Self {
+        Input::Dense(tensor)
+    }
+}
+
+/// The output handed to [`Matmul::record`].
+#[derive(Debug)]
+pub enum Target<'a> {
+    /// Packed, with blocks along axis one.
+    Mx(&'a mut DeviceMxTensor),
+    /// Dense.
+    Dense(&'a mut Tensor),
+}
+
+impl<'a> From<&'a mut DeviceMxTensor> for Target<'a> {
+    fn from(tensor: &'a mut DeviceMxTensor) -> Self {
+        Target::Mx(tensor)
+    }
+}
+
+impl<'a> From<&'a mut Tensor> for Target<'a> {
+    fn from(tensor: &'a mut Tensor) -> Self {
+        Target::Dense(tensor)
+    }
+}
+
+/// What a product may take besides its operands.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Extras<'a> {
+    /// `[1, n]` in f32; there if and only if the descriptor says so.
+    pub bias: Option<&'a Tensor>,
+    /// There if and only if the descriptor has experts.
+    pub groups: Option<&'a Groups>,
+}
+
+/// The kernel that multiplies.
+#[derive(Clone, Debug)]
+pub struct Matmul {
+    desc: MatmulDesc,
+    tier: Tier,
+    why: String,
+}
+
+impl Matmul {
+    /// Checks the descriptor and chooses the tier. Pipelines are made when first recorded.
+    pub fn new(ctx: &Context, desc: &MatmulDesc) -> Result<Matmul> {
+        desc.validate()?;
+        let (tier, why) = tier::choose(ctx, desc)?;
+        Ok(Matmul { desc: *desc, tier, why })
+    }
+
+    /// The tier that was chosen; never [`Tier::Auto`].
+    pub fn tier(&self) -> Tier {
+        self.tier
+    }
+
+    /// Why that one.
+    pub fn why(&self) -> &str {
+        &self.why
+    }
+
+    /// Records `y = alpha · A · Bᵀ + beta · y`.
+    pub fn record<'a>(
+        &self,
+        stream: &mut Stream<'_>,
+        a: impl Into<Input<'a>>,
+        b: impl Into<Input<'a>>,
+        y: impl Into<Target<'a>>,
+    ) -> Result<()> {
+        self.record_with(stream, a, b, y, Extras::default())
+    }
+
+    /// The same with a bias, or grouped.
+    pub fn record_with<'a>(
+        &self,
+        stream: &mut Stream<'_>,
+        a: impl Into<Input<'a>>,
+        b: impl Into<Input<'a>>,
+        y: impl Into<Target<'a>>,
+        extras: Extras<'_>,
+    ) -> Result<()> {
+        let (a, b, y) = (a.into(), b.into(), y.into());
+        self.check(stream.context(), a, b, &y, extras)?;
+        if stream.gpu().is_some() {
+            gpu::record(self, stream, a, b, y, extras)
+        } else {
+            run_cpu(&self.desc, self.tier, a, b, y, extras)
+        }
+    }
+
+    fn check(
+        &self,
+        ctx: &Context,
+        a: Input<'_>,
+        b: Input<'_>,
+        y: &Target<'_>,
+        extras: Extras<'_>,
+    ) -> Result<()> {
+        let desc = &self.desc;
+        let mismatch = |problem| Err(Error::Mismatch { operation: "Matmul::record", problem });
+        let b_stack = desc.experts.unwrap_or(desc.batch);
+        for (name, operand, input, outputs, stack) in
+            [("A", desc.a, a, desc.m, desc.batch), ("B", desc.b, b, desc.n, b_stack)]
+        {
+            let (values, stored, rows) = match input {
+                Input::Dense(t) => (Values::Dense(t.dtype), [t.rows, t.cols], &t.data),
+                Input::Mx(t) => (
+                    Values::Mx(t.layout.spec),
+                    [t.layout.lines(), t.layout.line_len()],
+                    &t.codes,
+                ),
+            };
+            if values != operand.values {
+                return mismatch(format!("{name} is {values}, the kernel takes {}", operand.values));
+            }
+            let wanted = match operand.transposed {
+                false => [stack * outputs, desc.k],
+                true => [stack * desc.k, outputs],
+            };
+            if stored != wanted {
+                return mismatch(format!(
+                    "{name} holds {stored:?} (lines, contracted{}), the product of m = {}, n = {}, k = {} in {stack} takes \
+                     {wanted:?}",
+                    if operand.transposed { " over the lines" } else { " along them" },
+                    desc.m,
+                    desc.n,
+                    desc.k
+                ));
+            }
+            let out = match y {
+                Target::Dense(t) => &t.data,
+                Target::Mx(t) => &t.codes,
+            };
+            ctx.check_same(rows, out)?;
+        }
+        let wanted = [desc.batch * desc.m, desc.n];
+        match (y, desc.out) {
+            (Target::Dense(t), Output::Dense(dtype)) => {
+                if (t.dtype, t.shape()) != (dtype, wanted) {
+                    return mismatch(format!(
+                        "y is {:?} of {}, the product {wanted:?} of {dtype}",
+                        t.shape(),
+                        t.dtype
+                    ));
+                }
+            }
+            (Target::Mx(t), Output::Mx(out)) => {
+                let Layout { spec, axis, rows, cols } = t.layout;
+                if (spec, axis, [rows, cols]) != (out.spec, out.axis, wanted) {
+                    return mismatch(format!(
+                        "y is [{rows}, {cols}] in {spec} along axis {axis}, the product {wanted:?} in {} along axis {}",
+                        out.spec, out.axis
+                    ));
+                }
+            }
+            (Target::Dense(t), Output::Mx(out)) => {
+                return mismatch(format!("y is {}, the kernel makes {}", t.dtype, out.spec));
+            }
+            (Target::Mx(t), Output::Dense(dtype)) => {
+                return mismatch(format!("y is {}, the kernel makes {dtype}", t.layout.spec));
+            }
+        }
+        match extras.bias {
+            Some(bias) if (bias.dtype, bias.shape()) != (DType::F32, [1, desc.n]) => {
+                return mismatch(format!(
+                    "the bias is {:?} of {}, the product takes [1, {}] of f32",
+                    bias.shape(),
+                    bias.dtype,
+                    desc.n
+                ));
+            }
+            bias if bias.is_some() != desc.bias => {
+                return mismatch(format!(
+                    "a bias was {}, the descriptor says {}",
+                    if bias.is_some() { "given" } else { "not given" },
+                    desc.bias
+                ));
+            }
+            _ => {}
+        }
+        if extras.groups.is_some() != desc.experts.is_some() {
+            return mismatch(format!(
+                "groups were {}, the descriptor's experts are {:?}",
+                if extras.groups.is_some() { "given" } else { "not given" },
+                desc.experts
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Display for Values {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Values::Mx(spec) => spec.fmt(f),
+            Values::Dense(dtype) => dtype.fmt(f),
+        }
+    }
+}
+
+impl std::fmt::Display for Tier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Tier::Auto => "auto",
+            Tier::Exact => "exact",
+            Tier::Tensor => "tensor",
+            Tier::Alu => "alu",
+        })
+    }
+}
+
+impl std::str::FromStr for Tier {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Tier> {
+        [Tier::Auto, Tier::Exact, Tier::Tensor, Tier::Alu]
+            .into_iter()
+            .find(|tier| tier.to_string() == text)
+            .ok_or_else(|| {
+                Error::InvalidSpec(format!("tier {text:?}: auto, exact, tensor or alu"))
+            })
+    }
+}
+
+/// The longest contraction: sums of the exact tier stay below 2^127 up to here.
+const MAX_K: usize = 1 << 24;
+
+impl MatmulDesc {
+    /// Checks that the product exists.
+    pub fn validate(&self) -> Result<()> {
+        let mismatch = |problem| Err(Error::Mismatch { operation: "Matmul::new", problem });
+        let stack = self.experts.unwrap_or(self.batch);
+        for (name, operand, stack, outputs) in
+            [("A", self.a, self.batch, self.m), ("B", self.b, stack, self.n)]
+        {
+            let Values::Mx(spec) = operand.values else { continue };
+            spec.validate()?;
+            let lines = spec.block.lines();
+            if operand.transposed && lines == 1 {
+                return mismatch(format!(
+                    "{name} in {spec} contracted over its lines: only square blocks have a scale that goes with either axis; \
+                     quantize along the other axis, or in squares"
+                ));
+            }
+            let stacked = if operand.transposed { self.k } else { outputs };
+            if stack > 1 && !stacked.is_multiple_of(lines) {
+                return mismatch(format!(
+                    "{name} in {spec}, {stack} of {stacked} lines each: blocks must not span two of them"
+                ));
+            }
+        }
+        if let Output::Mx(out) = &self.out {
+            out.validate()?;
+            if out.axis != Axis::One {
+                return mismatch(format!(
+                    "an output in {} along axis {}: a product packs along its rows, axis 1",
+                    out.spec, out.axis
+                ));
+            }
+            if out.spec.scale == ScaleFormat::E4M3 && out.tensor_scale.is_none() {
+                return mismatch(format!(
+                    "an output in {} needs its tensor_scale: the largest value is known only after the product",
+                    out.spec
+                ));
+            }
+            if self.beta != 0.0 {
+                return mismatch(format!("beta = {} with a packed output", self.beta));
+            }
+            let lines = out.spec.block.lines();
+            if lines > 1 && (self.experts.is_some() || self.batch > 1 && !self.m.is_multiple_of(lines))
+            {
+                return mismatch(format!(
+                    "an output in {}: its blocks would span groups or batches of {} rows",
+                    out.spec, self.m
+                ));
+            }
+        }
+        if self.experts.is_some() && self.batch != 1 {
+            return mismatch(format!("batch = {} of a grouped product", self.batch));
+        }
+        if self.experts == Some(0) {
+            return mismatch("a grouped product with no expert".into());
+        }
+        if !self.alpha.is_finite() || !self.beta.is_finite() {
+            return mismatch(format!("alpha = {}, beta = {}: finite", self.alpha, self.beta));
+        }
+        if self.k > MAX_K {
+            return Err(Error::TooLarge {
+                what: format!("a contraction over k = {}", self.k),
+                bytes: self.k as u64,
+                limit: MAX_K as u64,
+            });
+        }
+        // What the shaders count in u32.
+        for (what, n) in [
+            ("rows", self.batch.saturating_mul(self.m)),
+            ("columns", stack.saturating_mul(self.n)),
+        ] {
+            if n >= 1 << 31 {
+                return Err(Error::TooLarge {
+                    what: format!(
+                        "a product of m = {}, n = {}, k = {}: {n} {what}",
+                        self.m, self.n, self.k
+                    ),
+                    bytes: n as u64,
+                    limit: (1 << 31) - 1,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Floating-point operations, one product and one sum for each triple.
+    pub fn flops(&self) -> f64 {
+        2.0 * self.batch as f64 * self.m as f64 * self.n as f64 * self.k as f64
+    }
+
+    /// The power of two that the sums of a tier count in, the anchors apart.
+    fn exponent(&self, tier: Tier) -> i32 {
+        if tier != Tier::Exact {
+            return 0;
+        }
+        [self.a, self.b]
+            .iter()
+            .map(|operand| match operand.values {
+                Values::Mx(spec) => {
+                    let unit = match spec.element {
+                        Element::E2M1 => -1,
+                        Element::E2M3 => -3,
+                        _ => -6,
+                    };
+                    unit - if spec.scale == ScaleFormat::E8M0 { FACTOR_SHIFT } else { 0 }
+                }
+                Values::Dense(_) => 0,
+            })
+            .sum()
+    }
+}
+
+/// The exact tier's scale factors are 2^44 at the anchor, so that they reach down to 2^-107 of it and their products are
+/// normal.
+const FACTOR_SHIFT: i32 = 44;
+
+// ---- The twin ------------------------------------------------------------------------------------------------------
+
+/// From a sum to f32 bits, as `shaders/lib/finish.wgsl`.
+struct Finish {
+    alpha: f32,
+    /// NVFP4's tensor-wide scales.
+    tensor_scales: [Option<f32>; 2],
+    exponent: i32,
+}
+
+impl Finish {
+    fn bits(&self, sum: f32, anchor_a: u32, anchor_b: u32) -> u32 {
+        if anchor_a == 255 || anchor_b == 255 || sum.is_nan() {
+            return NAN;
+        }
+        let sign = (sum.to_bits() ^ self.alpha.to_bits()) & 0x8000_0000;
+        if sum.is_infinite() {
+            return if self.alpha == 0.0 { NAN } else { sign | INFINITY };
+        }
+        if sum == 0.0 || self.alpha == 0.0 {
+            return 0;
+        }
+        let significand = |x: f32| {
+            let (m, e) = normalize(x.to_bits() & 0x7fff_ffff);
+            (f32::from_bits(m & 0x7f_ffff | 0x3f80_0000), e - 127)
+        };
+        let (mut m, mut e) = significand(sum);
+        let factors = [Some(self.alpha), self.tensor_scales[0], self.tensor_scales[1]];
+        for factor in factors.into_iter().flatten() {
+            let (fm, fe) = significand(factor);
+            m *= fm;
+            e += fe;
+        }
+        let bits = m.to_bits();
+        e += (bits >> 23) as i32 - 127 + anchor_a as i32 + anchor_b as i32 - 254 + self.exponent;
+        sign | f32_from_parts(bits & 0x7f_ffff | 0x80_0000, e - 23)
+    }
+}
+
+/// a + b, NaN the canonical one.
+fn added(a: u32, b: u32) -> u32 {
+    let sum = f32::from_bits(a) + f32::from_bits(b);
+    if sum.is_nan() { NAN } else { sum.to_bits() }
+}
+
+fn run_cpu(
+    desc: &MatmulDesc,
+    tier: Tier,
+    a: Input<'_>,
+    b: Input<'_>,
+    y: Target<'_>,
+    extras: Extras<'_>,
+) -> Result<()> {
+    let MatmulDesc { m, n, k, .. } = *desc;
+    let finish = Finish {
+        alpha: desc.alpha,
+        tensor_scales: [a, b].map(|input| match input {
+            Input::Mx(t) if t.tensor_scaled() => Some(f32::from_bits(t.state.cpu()[2])),
+            _ => None,
+        }),
+        exponent: desc.exponent(tier),
+    };
+    // (rows of A and of y, first and number; the matrix of B).
+    let parts: Vec<(usize, usize, usize)> = match extras.groups {
+        None => (0..desc.batch).map(|batch| (batch * m, m, batch)).collect(),
+        Some(groups) => {
+            let words = &groups.data.cpu()[1..];
+            let (offsets, experts) = words.split_at(groups.groups + 1);
+            let parts = offsets.windows(2).zip(experts).map(|(o, e)| {
+                (o[0] as usize, (o[1] - o[0]) as usize, *e as usize)
+            });
+            parts.collect()
+        }
+    };
+    if let Some((first, rows, _)) = parts.iter().find(|(first, rows, _)| first + rows > desc.batch * m) {
+        return Err(Error::Mismatch {
+            operation: "Matmul::record",
+            problem: format!("a group of rows {first} to {}, but A has {}", first + rows, desc.batch * m),
+        });
+    }
+    if let Some((.., expert)) = parts.iter().find(|part| part.2 >= desc.experts.unwrap_or(desc.batch)) {
+        return Err(Error::Mismatch {
+            operation: "Matmul::record",
+            problem: format!("a group of expert {expert}, but B has {:?}", desc.experts),
+        });
+    }
+    let bias = extras.bias.map(|bias| bias.data.cpu());
+    let (mut dense, mut packed) = match y {
+        Target::Dense(t) => (Some(t), None),
+        Target::Mx(t) => (None, Some((t, vec![0u32; desc.batch * m * n]))),
+    };
+    let mut sums = Vec::new();
+    for (first, rows, matrix) in parts {
+        let bytes = (rows * n * 4) as u64;
+        sums.clear();
+        sums.try_reserve_exact(rows * n)
+            .map_err(|_| Error::OutOfMemory { what: "the sums of a product".into(), bytes })?;
+        sums.resize(rows * n, 0f32);
+        // Transposed operands are stacked along k.
+        let (first_a, first_k) = match (desc.a.transposed, extras.groups) {
+            (false, _) => (first, 0),
+            (true, None) => (0, matrix * k),
+            (true, Some(_)) => (first, 0),
+        };
+        let a = view(a, desc.a.transposed, first_a, first_k, rows);
+        let (first_b, first_k) = if desc.b.transposed { (0, matrix * k) } else { (matrix * n, 0) };
+        let b = view(b, desc.b.transposed, first_b, first_k, n);
+        match tier {
+            Tier::Exact => cpu::exact(&a, &b, k, &mut sums),
+            _ => cpu::alu(&a, &b, k, &mut sums),
+        }
+        for (i, row) in sums.chunks_exact(n.max(1)).enumerate() {
+            for (j, sum) in row.iter().enumerate() {
+                let mut value = finish.bits(*sum, a.anchor(i), b.anchor(j));
+                let at = (first + i) * n + j;
+                if let Some(y) = &dense {
+                    if desc.beta != 0.0 {
+                        let old = f32::from_bits(y.dtype.f32_bits(y.data.cpu(), at));
+                        value = added(value, (desc.beta * old).to_bits());
+                    }
+                }
+                if let Some(bias) = bias {
+                    value = added(value, bias[j]);
+                }
+                match (&mut dense, &mut packed) {
+                    (Some(y), _) => {
+                        let value = y.dtype.narrow(value);
+                        let words = y.data.cpu_mut();
+                        match y.dtype {
+                            DType::F32 => words[at] = value,
+                            DType::F16 | DType::BF16 => {
+                                let shift = 16 * (at % 2);
+                                words[at / 2] = words[at / 2] & !(0xffff << shift) | (value << shift);
+                            }
+                        }
+                    }
+                    (None, Some((_, values))) => values[at] = value,
+                    (None, None) => {}
+                }
+            }
+        }
+    }
+    if let (Some((y, values)), Output::Mx(out)) = (packed, desc.out) {
+        super::quantize::pack_on_cpu(&out, &values, y);
+    }
+    Ok(())
+}
+
+fn view(input: Input<'_>, transposed: bool, first: usize, first_k: usize, len: usize) -> cpu::View<'_> {
+    let values = match input {
+        Input::Dense(t) => cpu::Source::Dense { dtype: t.dtype, data: t.data.cpu(), cols: t.cols },
+        Input::Mx(t) => cpu::Source::Mx {
+            layout: t.layout,
+            codes: &bytemuck::cast_slice(t.codes.cpu())[..t.codes.bytes()],
+            scales: &bytemuck::cast_slice(t.scales.cpu())[..t.scales.bytes()],
+            anchors: &t.state.cpu()[STATE_WORDS..],
+        },
+    };
+    cpu::View { values, transposed, first, first_k, len }
+}

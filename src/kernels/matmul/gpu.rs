@@ -1,0 +1,706 @@
+//! Recording a product on a GPU, and its kernels.
+
+use super::tier::{self, Fragments, Shape};
+use super::{Extras, Input, Matmul, MatmulDesc, Operand, Output, Target, Tier, Values};
+use crate::engine::buffer::{Chunk, DType, Rows, STATE_WORDS};
+use crate::engine::shader::{Binding, Kernel, Source, shader};
+use crate::engine::{Engine, Stream};
+use crate::formats::{Block, Element, MxSpec, Rounding, ScaleFormat};
+use crate::kernels::{
+    QuantizeDesc, UNIT, WORKGROUP, anchors, codec, format_constants, format_name, type_constants,
+};
+use crate::{Error, Result, rng};
+
+/// A part of an operand that is bound at once.
+struct Piece<'a> {
+    /// Output indices in the whole tensor.
+    first: usize,
+    len: usize,
+    /// The first one's line in the binding (transposed: position along the lines).
+    local: usize,
+    buffers: Vec<&'a wgpu::Buffer>,
+}
+
+/// An operand with what the shaders want to know of it.
+struct Side<'a> {
+    pieces: Vec<Piece<'a>>,
+    pitch: usize,
+    blocks: usize,
+    anchors: usize,
+}
+
+fn side<'a>(name: &str, input: Input<'a>, transposed: bool) -> Result<Side<'a>> {
+    let (rows, pitch, blocks, anchors, outputs): (&Rows, _, _, _, _) = match input {
+        Input::Dense(t) => (&t.data, t.cols, 0, 0, if transposed { t.cols } else { t.rows }),
+        Input::Mx(t) => {
+            let layout = &t.layout;
+            let across = if transposed { layout.scale_rows() } else { 0 };
+            let outputs = if transposed { layout.line_len() } else { layout.lines() };
+            (&t.codes, layout.line_bytes() / 4, layout.blocks(), STATE_WORDS + across, outputs)
+        }
+    };
+    let mut pieces = Vec::new();
+    let chunks: Vec<Chunk<'_>> = rows.chunks().collect();
+    if transposed && chunks.len() > 1 {
+        return Err(Error::TooLarge {
+            what: format!("{name}, contracted over its lines, which lie in {} bindings:", chunks.len()),
+            bytes: rows.bytes() as u64,
+            limit: (rows.chunk_rows * rows.row_bytes) as u64,
+        });
+    }
+    for (i, chunk) in chunks.iter().enumerate() {
+        let mut buffers = vec![chunk.buffer];
+        if let Input::Mx(t) = input {
+            buffers.extend(t.scales.chunks().nth(i).map(|scales| scales.buffer));
+            buffers.extend(t.state.chunks().next().map(|state| state.buffer));
+        }
+        let (first, len) = if transposed { (0, outputs) } else { (chunk.first, chunk.rows) };
+        pieces.push(Piece { first, len, local: 0, buffers });
+    }
+    Ok(Side { pieces, pitch, blocks, anchors })
+}
+
+impl<'a> Side<'a> {
+    /// What of each piece lies within `range`.
+    fn within(&self, range: std::ops::Range<usize>) -> Vec<Piece<'a>> {
+        self.pieces
+            .iter()
+            .filter_map(|piece| {
+                let first = piece.first.max(range.start);
+                let end = (piece.first + piece.len).min(range.end);
+                (first < end).then(|| Piece {
+                    first,
+                    len: end - first,
+                    local: first - piece.first,
+                    buffers: piece.buffers.clone(),
+                })
+            })
+            .collect()
+    }
+}
+
+pub(super) fn record(
+    matmul: &Matmul,
+    stream: &mut Stream<'_>,
+    a: Input<'_>,
+    b: Input<'_>,
+    y: Target<'_>,
+    extras: Extras<'_>,
+) -> Result<()> {
+    let desc = &matmul.desc;
+    let MatmulDesc { m, n, k, batch, .. } = *desc;
+    let ctx = stream.context().clone();
+    let Engine::Gpu(gpu) = ctx.engine() else { return Ok(()) };
+    let b_stack = desc.experts.unwrap_or(batch);
+    if m * batch == 0 || n == 0 {
+        return Ok(());
+    }
+    // The other kernels read a first block, which an empty contraction does not have.
+    let tier = if k == 0 { Tier::Alu } else { matmul.tier };
+    let shape = tier::shape(gpu, desc, tier);
+    let variant = Variant::new(desc, tier, shape);
+    let storage = variant.bindings().len() - 1;
+    let limit = gpu.device.limits().max_storage_buffers_per_shader_stage as usize;
+    if storage > limit {
+        return Err(Error::Unsupported {
+            operation: variant.name(),
+            needs: format!("{storage} storage buffers in a shader"),
+            has: format!("the device has {limit}"),
+        });
+    }
+    let sides = [side("A", a, desc.a.transposed)?, side("B", b, desc.b.transposed)?];
+    let mut ys: Vec<Piece<'_>> = Vec::new();
+    let (y_pitch, y_cols, y_blocks) = match &y {
+        Target::Dense(t) => {
+            for chunk in t.data.chunks() {
+                ys.push(Piece { first: chunk.first, len: chunk.rows, local: 0, buffers: vec![chunk.buffer] });
+            }
+            (n, n, 0)
+        }
+        Target::Mx(t) => {
+            let state: Vec<_> = t.state.chunks().map(|chunk| chunk.buffer).collect();
+            for buffer in &state {
+                stream.clear(buffer);
+            }
+            for (codes, scales) in t.codes.chunks().zip(t.scales.chunks()) {
+                stream.clear(scales.buffer);
+                if desc.experts.is_some() {
+                    stream.clear(codes.buffer);
+                }
+                let mut buffers = vec![codes.buffer, scales.buffer];
+                buffers.extend(&state);
+                ys.push(Piece { first: codes.first, len: codes.rows, local: 0, buffers });
+            }
+            let padded = t.layout.blocks() * t.layout.spec.block.len();
+            (padded / UNIT as usize, padded, t.layout.blocks())
+        }
+    };
+    let mut more: Vec<&wgpu::Buffer> = Vec::new();
+    for data in extras.bias.map(|t| &t.data).into_iter().chain(extras.groups.map(|g| &g.data)) {
+        more.extend(data.chunks().map(|chunk| chunk.buffer));
+    }
+    let whole = sides.iter().all(|side| side.pieces.len() <= 1) && ys.len() <= 1;
+    if !whole && desc.experts.is_some() {
+        return Err(Error::TooLarge {
+            what: format!("a grouped product of m = {m}, n = {n}, k = {k}, {b_stack} experts: an operand"),
+            bytes: gpu.max_binding + 1,
+            limit: gpu.max_binding,
+        });
+    }
+    // All batches in one dispatch where everything can be bound at once, one at a time else.
+    let (rounds, batches) = if whole { (1, batch) } else { (batch, 1) };
+    for round in 0..rounds {
+        let rows = round * m..(round + batches) * m;
+        let range = |transposed: bool, each: usize, stack: usize| match transposed {
+            true => 0..each,
+            false => round * each..(round + if whole { stack } else { 1 }) * each,
+        };
+        for ap in sides[0].within(range(desc.a.transposed, m, batch)) {
+            for bp in sides[1].within(range(desc.b.transposed, n, b_stack)) {
+                for yp in &ys {
+                    // The rows of y that this piece of A makes.
+                    let a_rows = if desc.a.transposed { rows.clone() } else { ap.first..ap.first + ap.len };
+                    let first = a_rows.start.max(yp.first);
+                    let end = a_rows.end.min(yp.first + yp.len);
+                    if first >= end {
+                        continue;
+                    }
+                    let skip = first - a_rows.start;
+                    let (dm, dn) = if whole { (m, n) } else { (end - first, bp.len) };
+                    let column = if whole || desc.b.transposed { 0 } else { bp.first - round * n };
+                    let place = Place {
+                        m: dm,
+                        n: dn,
+                        batches,
+                        a: [ap.local + skip, ap.first + skip, if desc.a.transposed { round * k } else { 0 }],
+                        b: [bp.local, bp.first, if desc.b.transposed { round * k } else { 0 }],
+                        y_row: first - yp.first,
+                        y_global: first,
+                        y_col: column,
+                        y_pitch,
+                        y_cols,
+                        y_blocks,
+                    };
+                    let (params, groups) = place.params(desc, tier, shape, &sides, extras);
+                    let mut buffers = ap.buffers.clone();
+                    buffers.extend(&bp.buffers);
+                    buffers.extend(&yp.buffers);
+                    buffers.extend(&more);
+                    stream.dispatch(&variant.name(), || variant.kernel(), &params, &buffers, groups)?;
+                }
+            }
+        }
+    }
+    match y {
+        Target::Mx(t) => anchors::record(stream, t),
+        Target::Dense(_) => Ok(()),
+    }
+}
+
+/// Where a dispatch works.
+struct Place {
+    m: usize,
+    n: usize,
+    batches: usize,
+    /// Output index 0 in the binding and in the tensor, and k = 0.
+    a: [usize; 3],
+    b: [usize; 3],
+    y_row: usize,
+    y_global: usize,
+    y_col: usize,
+    y_pitch: usize,
+    y_cols: usize,
+    y_blocks: usize,
+}
+
+impl Place {
+    /// The shaders' `Params`, and how many workgroups.
+    fn params(
+        &self,
+        desc: &MatmulDesc,
+        tier: Tier,
+        shape: Shape,
+        sides: &[Side<'_>; 2],
+        extras: Extras<'_>,
+    ) -> (Vec<u32>, u64) {
+        let [bm, bn] = shape.outputs().map(|side| side as usize);
+        let groups = extras.groups.map_or(0, |groups| groups.groups);
+        // Every group may end within a tile.
+        let tiles_m = self.m.div_ceil(bm) + groups;
+        let tiles_n = self.n.div_ceil(bn);
+        let (carry, tensor_scale, rounding) = match &desc.out {
+            Output::Dense(_) => (0, 0, Rounding::NearestEven),
+            Output::Mx(out) => {
+                (out.carry(), out.tensor_scale.unwrap_or(1.0).to_bits(), out.rounding)
+            }
+        };
+        let key = rng::key(rounding);
+        let draws = desc.n.div_ceil(8);
+        let counter = self.y_global as u64 * draws as u64;
+        let stride = |operand: Operand, outputs| if operand.transposed { desc.k } else { outputs };
+        let params = [
+            self.m,
+            self.n,
+            desc.k,
+            tiles_m,
+            tiles_n,
+            self.batches,
+            groups,
+            desc.experts.unwrap_or(1),
+            self.a[0],
+            self.a[1],
+            stride(desc.a, desc.m),
+            sides[0].pitch,
+            sides[0].blocks,
+            sides[0].anchors,
+            self.a[2],
+            self.b[0],
+            self.b[1],
+            stride(desc.b, desc.n),
+            sides[1].pitch,
+            sides[1].blocks,
+            sides[1].anchors,
+            self.b[2],
+            self.y_row,
+            self.y_col,
+            desc.m,
+            self.y_pitch,
+            self.y_cols,
+            self.y_blocks,
+        ];
+        let mut params: Vec<u32> = params.iter().map(|p| *p as u32).collect();
+        params.extend([desc.alpha.to_bits(), desc.beta.to_bits(), desc.exponent(tier) as u32, 0]);
+        params.extend([carry, tensor_scale, 0, 0]);
+        params.extend(key);
+        params.extend([counter as u32, (counter >> 32) as u32, draws as u32, 0]);
+        (params, tiles_m as u64 * tiles_n as u64 * self.batches as u64)
+    }
+}
+
+// ---- The shaders ---------------------------------------------------------------------------------------------------
+
+/// Bands of this many tiles down are taken across before the next: neighbouring workgroups share operands in the cache.
+const RASTER: u32 = 8;
+
+#[derive(Clone, Copy, Debug)]
+struct Variant {
+    tier: Tier,
+    shape: Shape,
+    a: Operand,
+    b: Operand,
+    /// Whether an operand is loaded by `lib/loader_nibbles.wgsl`.
+    nibbles: [bool; 2],
+    segments: u32,
+    out: Out,
+    bias: bool,
+    grouped: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Out {
+    /// odd: rows end within words.
+    Dense { dtype: DType, odd: bool },
+    Mx { spec: MxSpec, stochastic: bool },
+}
+
+impl Variant {
+    fn new(desc: &MatmulDesc, tier: Tier, shape: Shape) -> Variant {
+        let nibbles = [desc.a, desc.b].map(|operand| {
+            matches!(shape, Shape::Tensor { .. })
+                && desc.k.is_multiple_of(128)
+                && matches!(operand, Operand { values: Values::Mx(spec), transposed: false }
+                    if spec.element == Element::E2M1 && spec.block.len() >= 32)
+        });
+        Variant {
+            tier,
+            shape,
+            a: desc.a,
+            b: desc.b,
+            nibbles,
+            segments: if tier == Tier::Exact { tier::segments(desc) } else { 1 },
+            out: match desc.out {
+                Output::Dense(dtype) => {
+                    Out::Dense { dtype, odd: dtype.size() == 2 && !desc.n.is_multiple_of(2) }
+                }
+                Output::Mx(QuantizeDesc { spec, rounding, .. }) => {
+                    Out::Mx { spec, stochastic: rounding != Rounding::NearestEven }
+                }
+            },
+            bias: desc.bias,
+            grouped: desc.experts.is_some(),
+        }
+    }
+
+    fn name(&self) -> String {
+        let operand = |operand: Operand, nibbles: bool| {
+            let values = match operand.values {
+                Values::Mx(spec) => format_name(spec),
+                Values::Dense(dtype) => dtype.to_string(),
+            };
+            let transposed = if operand.transposed { "-t" } else { "" };
+            format!("{values}{transposed}{}", if nibbles { "-nibbles" } else { "" })
+        };
+        let shape = match self.shape {
+            Shape::Tile { bm, bn, tm, tn } => format!("tile{bm}x{bn}.{tm}x{tn}"),
+            Shape::Skinny { m, rn } => format!("skinny{m}x{rn}"),
+            Shape::Tensor { subgroups: [sm, sn], fragments: [fm, fn_], side, by } => {
+                format!("{by:?}{side}.{sm}x{sn}.{fm}x{fn_}").to_lowercase()
+            }
+        };
+        let out = match self.out {
+            Out::Dense { dtype, odd } => format!("{dtype}{}", if odd { "-odd" } else { "" }),
+            Out::Mx { spec, stochastic } => {
+                format!("{}{}", format_name(spec), if stochastic { "-stochastic" } else { "" })
+            }
+        };
+        format!(
+            "matmul.{}.{shape}.{}.{}.{out}{}{}",
+            self.tier,
+            operand(self.a, self.nibbles[0]),
+            operand(self.b, self.nibbles[1]),
+            if self.bias { ".bias" } else { "" },
+            if self.grouped { ".grouped" } else { "" }
+        )
+    }
+
+    /// The bindings after the parameters: names, types, and whether they are written.
+    fn storage(&self) -> Vec<(String, &'static str, bool)> {
+        let mut list = Vec::new();
+        for (name, operand, nibbles) in [("a", self.a, self.nibbles[0]), ("b", self.b, self.nibbles[1])] {
+            let codes = if nibbles { "array<vec4<u32>>" } else { "array<u32>" };
+            list.push((format!("{name}_codes"), codes, false));
+            if let Values::Mx(_) = operand.values {
+                list.push((format!("{name}_scales"), "array<u32>", false));
+                list.push((format!("{name}_state"), "array<u32>", false));
+            }
+        }
+        match self.out {
+            Out::Dense { odd, .. } => {
+                list.push(("y".into(), if odd { "array<atomic<u32>>" } else { "array<u32>" }, true));
+            }
+            Out::Mx { .. } => {
+                list.push(("codes".into(), "array<CodesWord>", true));
+                list.push(("scales".into(), "array<atomic<u32>>", true));
+                list.push(("state".into(), "array<atomic<u32>>", true));
+            }
+        }
+        if self.bias {
+            list.push(("bias".into(), "array<u32>", false));
+        }
+        if self.grouped {
+            list.push(("groups".into(), "array<atomic<u32>>", true));
+        }
+        list
+    }
+
+    fn bindings(&self) -> Vec<Binding> {
+        let storage = self.storage().into_iter();
+        let storage = storage.map(|(.., write)| if write { Binding::Write } else { Binding::Read });
+        [Binding::Params].into_iter().chain(storage).collect()
+    }
+
+    fn workgroup(&self) -> u32 {
+        match self.shape {
+            Shape::Tensor { subgroups: [m, n], .. } => 32 * m * n,
+            _ => WORKGROUP,
+        }
+    }
+
+    fn kernel(&self) -> Kernel {
+        let tensor = matches!(self.shape, Shape::Tensor { .. });
+        let mut source = Source::new();
+        if tensor {
+            source = source.line("enable f16;");
+        }
+        let (mut features, mut spirv) = (wgpu::Features::empty(), false);
+        if tensor {
+            features |= wgpu::Features::SHADER_F16;
+        }
+        if let Shape::Tensor { side, by: by @ (Fragments::Spirv | Fragments::Wgsl), .. } = self.shape {
+            features |= wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+            source = source.line("enable wgpu_cooperative_matrix;");
+            for (name, scalar) in [("A", "f16"), ("B", "f16"), ("C", "f32")] {
+                source = source.line(&format!("alias Mat{name} = coop_mat{side}x{side}<{scalar}, {name}>;"));
+            }
+            if by == Fragments::Spirv {
+                spirv = true;
+                features |= wgpu::Features::PASSTHROUGH_SHADERS;
+            }
+        }
+        source = source.constant("WG", self.workgroup()).constant("RASTER", RASTER);
+        source = match self.shape {
+            Shape::Tile { bm, bn, tm, tn } => {
+                let square = matches!(self.out, Out::Mx { spec, .. } if spec.block.lines() > 1);
+                source
+                    .constant("BM", bm)
+                    .constant("BN", bn)
+                    .constant("TM", tm)
+                    .constant("TN", tn)
+                    .constant("STRIP_ROWS", if square { 32 } else { 16 })
+            }
+            Shape::Skinny { m, rn } => source.constant("M", m).constant("RN", rn),
+            Shape::Tensor { subgroups, fragments, side, .. } => source
+                .constant("SUBGROUPS_M", subgroups[0])
+                .constant("SUBGROUPS_N", subgroups[1])
+                .constant("FM", fragments[0])
+                .constant("FN", fragments[1])
+                .constant("FRAGMENT", side),
+        };
+        let same = |a: Operand, b: Operand| match (a.values, b.values) {
+            (Values::Mx(a), Values::Mx(b)) => a.element == Element::E2M1 && b.element == Element::E2M1,
+            _ => false,
+        };
+        source = source
+            .constant("SEGMENTS", self.segments)
+            .flag("NIBBLES", same(self.a, self.b))
+            .flag("PAIRS", self.nibbles == [true, true])
+            .flag("BIAS", self.bias)
+            .flag("GROUPED", self.grouped);
+        source = match self.out {
+            Out::Dense { dtype, .. } => type_constants(source, "Y_TYPE", dtype),
+            Out::Mx { spec, .. } => {
+                type_constants(source.append(format_constants(spec)), "X_TYPE", DType::F32)
+            }
+        };
+        for (name, operand) in [('a', self.a), ('b', self.b)] {
+            source = operand_constants(source, name, operand);
+        }
+        source = source.line("@group(0) @binding(0) var<uniform> p: Params;");
+        for (binding, (name, ty, write)) in (1..).zip(self.storage()) {
+            let access = if write { "read_write" } else { "read" };
+            source = source
+                .line(&format!("@group(0) @binding({binding}) var<storage, {access}> {name}: {ty};"));
+        }
+        source = source.fragment(shader!("lib/matmul_params.wgsl"));
+        source = match self.out {
+            Out::Dense { odd, .. } => source
+                .fragment(shader!("lib/float.wgsl"))
+                .fragment(shader!("lib/narrow.wgsl"))
+                .fragment(if odd { shader!("lib/y_atomic.wgsl") } else { shader!("lib/y_plain.wgsl") }),
+            Out::Mx { spec, stochastic } => codec(source, spec)
+                .fragment(if stochastic {
+                    shader!("lib/round_stochastic.wgsl")
+                } else {
+                    shader!("lib/round_nearest.wgsl")
+                })
+                .fragment(shader!("lib/add.wgsl"))
+                .fragment(shader!("lib/threefry.wgsl"))
+                .fragment(shader!("lib/unit.wgsl"))
+                .fragment(match spec.element.bits() {
+                    4 => shader!("lib/pack4.wgsl"),
+                    6 => shader!("lib/pack6.wgsl"),
+                    _ => shader!("lib/pack8.wgsl"),
+                })
+                .fragment(shader!("lib/encode.wgsl")),
+        };
+        if tensor {
+            source = source.fragment(shader!("lib/halves.wgsl"));
+        }
+        for (name, operand, nibbles) in
+            [('a', self.a, self.nibbles[0]), ('b', self.b, self.nibbles[1])]
+        {
+            source = match operand.values {
+                Values::Dense(_) => source.operand(name, shader!("lib/operand_dense.wgsl")),
+                Values::Mx(_) => source.operand(name, shader!("lib/operand.wgsl")),
+            };
+            if matches!(operand.values, Values::Mx(_)) && !nibbles {
+                source = source.operand(name, shader!("lib/operand_codes.wgsl"));
+            }
+            source = match (operand.values, tensor, self.tier) {
+                (Values::Dense(_), true, _) => source.operand(name, shader!("lib/operand_f16.wgsl")),
+                (Values::Dense(_), false, _) => source,
+                (Values::Mx(_), true, _) => source.operand(name, shader!("lib/operand_halves.wgsl")),
+                (Values::Mx(_), false, Tier::Exact) => {
+                    source.operand(name, shader!("lib/operand_ints.wgsl"))
+                }
+                (Values::Mx(_), false, _) => source.operand(name, shader!("lib/operand_values.wgsl")),
+            };
+            if tensor {
+                if matches!(operand.values, Values::Mx(_)) && !nibbles {
+                    source = source.operand(name, shader!("lib/operand_eight.wgsl"));
+                }
+                source = source.operand(
+                    name,
+                    if nibbles {
+                        shader!("lib/loader_nibbles.wgsl")
+                    } else {
+                        shader!("lib/loader_eight.wgsl")
+                    },
+                );
+            }
+        }
+        source = source
+            .fragment(if self.grouped { shader!("lib/grouped.wgsl") } else { shader!("lib/ungrouped.wgsl") })
+            .fragment(if self.bias { shader!("lib/bias.wgsl") } else { shader!("lib/bias_none.wgsl") })
+            .fragment(shader!("lib/finish.wgsl"))
+            .fragment(match self.out {
+                Out::Dense { .. } => shader!("lib/output_dense.wgsl"),
+                Out::Mx { .. } => shader!("lib/output_mx.wgsl"),
+            });
+        source = match (self.shape, self.tier) {
+            (Shape::Tile { .. }, Tier::Exact) => {
+                source.fragment(shader!("lib/dots_exact.wgsl")).fragment(shader!("matmul.wgsl"))
+            }
+            (Shape::Tile { .. }, _) => {
+                source.fragment(shader!("lib/dots_alu.wgsl")).fragment(shader!("matmul.wgsl"))
+            }
+            (Shape::Skinny { .. }, Tier::Exact) => source
+                .fragment(shader!("lib/terms_exact.wgsl"))
+                .fragment(shader!("matmul_skinny.wgsl")),
+            (Shape::Skinny { .. }, _) => source
+                .fragment(shader!("lib/terms_alu.wgsl"))
+                .fragment(shader!("matmul_skinny.wgsl")),
+            (Shape::Tensor { by, .. }, _) => source
+                .fragment(match by {
+                    Fragments::Spirv => shader!("lib/coop_f32.wgsl"),
+                    Fragments::Wgsl => shader!("lib/coop_f16.wgsl"),
+                    Fragments::Emulated => shader!("lib/coop_emulated.wgsl"),
+                })
+                .fragment(shader!("matmul_tensor.wgsl")),
+        };
+        Kernel {
+            name: self.name(),
+            wgsl: source.build(),
+            bindings: self.bindings(),
+            workgroup_size: self.workgroup(),
+            features,
+            spirv,
+        }
+    }
+}
+
+fn operand_constants(source: Source, name: char, operand: Operand) -> Source {
+    let prefix = name.to_ascii_uppercase();
+    let named = |what: &str| format!("{prefix}_{what}");
+    let source = source.flag(&named("TRANSPOSED"), operand.transposed);
+    match operand.values {
+        Values::Dense(dtype) => source
+            .flag(&named("SCALE_E4M3"), false)
+            .constant(
+                &named("TYPE"),
+                match dtype {
+                    DType::F32 => 0,
+                    DType::F16 => 1,
+                    DType::BF16 => 2,
+                },
+            ),
+        Values::Mx(spec) => {
+            let element = spec.element;
+            // Where f16's exponent stands when it holds the element's.
+            let half = match element {
+                Element::Int8 => -6,
+                _ => 16 - (1 - element.emin() + 1),
+            };
+            source
+                .flag(&named("SCALE_E4M3"), spec.scale == ScaleFormat::E4M3)
+                .constant(&named("BITS"), element.bits())
+                .constant(&named("MANTISSA_BITS"), element.mantissa_bits())
+                .signed(&named("EMIN"), element.emin())
+                .constant(&named("MAX_CODE"), element.max_code())
+                .flag(&named("INT8"), element == Element::Int8)
+                .flag(&named("E5M2"), element == Element::E5M2)
+                .signed(&named("HALF"), half)
+                .constant(&named("BLOCK"), spec.block.len() as u32)
+                .constant(&named("LINES"), spec.block.lines() as u32)
+        }
+    }
+}
+
+/// The kernels that this file can make are beyond counting; these have every operand, output and option at least once with
+/// every shape.
+pub fn kernels() -> Vec<Kernel> {
+    let mx = |element, scale, block| Values::Mx(MxSpec { element, scale, block });
+    let mut values: Vec<Values> = Element::ALL
+        .map(|element| mx(element, ScaleFormat::E8M0, Block::Vector(32)))
+        .into();
+    values.push(mx(Element::E2M1, ScaleFormat::E4M3, Block::Vector(16)));
+    values.push(mx(Element::E2M1, ScaleFormat::E8M0, Block::Square(32)));
+    values.push(mx(Element::E2M3, ScaleFormat::E8M0, Block::Square(16)));
+    values.extend(DType::ALL.map(Values::Dense));
+    let integers = |values: Values| {
+        matches!(values, Values::Mx(spec) if matches!(spec.element, Element::E2M1 | Element::E2M3 | Element::Int8))
+    };
+    let by = |by| Shape::Tensor { subgroups: [2, 2], fragments: [4, 4], side: 16, by };
+    let small = |side, by| Shape::Tensor { subgroups: [2, 2], fragments: [32 / side, 32 / side], side, by };
+    let shapes = [
+        (Tier::Exact, Shape::Tile { bm: 128, bn: 128, tm: 8, tn: 8 }),
+        (Tier::Exact, Shape::Tile { bm: 64, bn: 64, tm: 4, tn: 4 }),
+        (Tier::Exact, Shape::Skinny { m: 1, rn: 32 }),
+        (Tier::Exact, Shape::Skinny { m: 4, rn: 8 }),
+        (Tier::Alu, Shape::Tile { bm: 64, bn: 64, tm: 4, tn: 4 }),
+        (Tier::Alu, Shape::Skinny { m: 1, rn: 32 }),
+        (Tier::Alu, Shape::Skinny { m: 2, rn: 16 }),
+        (Tier::Tensor, by(Fragments::Spirv)),
+        (Tier::Tensor, by(Fragments::Emulated)),
+        (Tier::Tensor, small(16, Fragments::Wgsl)),
+        (Tier::Tensor, small(8, Fragments::Wgsl)),
+        (Tier::Tensor, Shape::Tensor { subgroups: [1, 2], fragments: [1, 2], side: 16, by: Fragments::Spirv }),
+    ];
+    let mut variants = Vec::new();
+    for (tier, shape) in shapes {
+        let tensor = tier == Tier::Tensor;
+        let takes = |values: Values| match tier {
+            Tier::Exact => integers(values),
+            Tier::Tensor => {
+                !matches!(values, Values::Dense(DType::F32 | DType::BF16))
+            }
+            _ => true,
+        };
+        let plain = |a: Values, b: Values| Variant {
+            tier,
+            shape,
+            a: Operand { values: a, transposed: false },
+            b: Operand { values: b, transposed: false },
+            nibbles: [a, b].map(|v| {
+                tensor && matches!(v, Values::Mx(s) if s.element == Element::E2M1 && s.block.len() >= 32)
+            }),
+            segments: match (tier, [a, b].iter().any(|v| matches!(v, Values::Mx(s) if s.block.len() < 32))) {
+                (Tier::Exact, true) => 2,
+                _ => 1,
+            },
+            out: Out::Dense { dtype: DType::F32, odd: false },
+            bias: false,
+            grouped: false,
+        };
+        let mxfp4 = values[0];
+        for a in values.iter().copied().filter(|v| takes(*v)) {
+            for b in values.iter().copied().filter(|v| takes(*v)) {
+                variants.push(plain(a, b));
+            }
+            if matches!(a, Values::Dense(_)) || matches!(a, Values::Mx(s) if s.block.lines() > 1) {
+                let mut variant = plain(mxfp4, a);
+                if takes(mxfp4) {
+                    variant.nibbles[1] = false;
+                    variant.b.transposed = true;
+                    variants.push(variant);
+                }
+            }
+        }
+        for (bias, grouped) in [(true, false), (false, true), (true, true)] {
+            variants.push(Variant { bias, grouped, ..plain(mxfp4, mxfp4) });
+        }
+        for (dtype, odd) in [(DType::F16, false), (DType::F16, true), (DType::BF16, false), (DType::BF16, true)] {
+            variants.push(Variant { out: Out::Dense { dtype, odd }, ..plain(mxfp4, mxfp4) });
+        }
+        let skinny = matches!(shape, Shape::Skinny { .. });
+        let packs = !skinny && shape.outputs()[1] >= 64 && !matches!(shape, Shape::Tensor { by: Fragments::Wgsl, .. });
+        for spec in crate::kernels::all_specs() {
+            for stochastic in [false, true] {
+                let square = spec.block.lines() > 1;
+                let shape = match shape {
+                    Shape::Tile { .. } if square => Shape::Tile { bm: 64, bn: 64, tm: 4, tn: 4 },
+                    Shape::Tile { .. } => Shape::Tile { bm: 64, bn: 128, tm: 4, tn: 8 },
+                    Shape::Tensor { subgroups: [2, 2], fragments: [4, 4], .. } => shape,
+                    _ => continue,
+                };
+                if packs {
+                    let out = Out::Mx { spec, stochastic };
+                    variants.push(Variant { out, shape, ..plain(mxfp4, mxfp4) });
+                }
+            }
+        }
+    }
+    let mut names = std::collections::HashSet::new();
+    variants.retain(|variant| names.insert(variant.name()));
+    variants.iter().map(Variant::kernel).collect()
+}

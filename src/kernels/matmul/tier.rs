@@ -1,0 +1,211 @@
+//! Which tier, and which tile.
+
+use super::{MatmulDesc, Output, Tier, Values};
+use crate::engine::buffer::DType;
+use crate::engine::gpu::Gpu;
+use crate::engine::{Context, Engine};
+use crate::formats::Element;
+use crate::{Error, Result};
+
+/// Rows of A up to which the skinny kernels are meant.
+pub(super) const SKINNY: usize = 16;
+
+/// How the tensor tier's fragments are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fragments {
+    /// By SPIR-V that this crate makes (src/engine/spirv.rs).
+    Spirv,
+    /// By plain WGSL.
+    Wgsl,
+    /// Without cooperative matrices.
+    Emulated,
+}
+
+/// The work of a workgroup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shape {
+    /// `shaders/matmul.wgsl`: `bm × bn` outputs, `tm × tn` an invocation.
+    Tile { bm: u32, bn: u32, tm: u32, tn: u32 },
+    /// `shaders/matmul_skinny.wgsl`: `m` rows of A, `rn` lines of B.
+    Skinny { m: u32, rn: u32 },
+    /// `shaders/matmul_tensor.wgsl`: subgroups and fragments down and across.
+    Tensor { subgroups: [u32; 2], fragments: [u32; 2], side: u32, by: Fragments },
+}
+
+impl Shape {
+    /// Rows and columns of outputs.
+    pub(super) fn outputs(self) -> [u32; 2] {
+        match self {
+            Shape::Tile { bm, bn, .. } => [bm, bn],
+            Shape::Skinny { m, rn } => [m, rn],
+            Shape::Tensor { subgroups, fragments, side, .. } => {
+                [subgroups[0] * fragments[0] * side, subgroups[1] * fragments[1] * side]
+            }
+        }
+    }
+}
+
+/// Chooses; an error if the tier asked for by name cannot do it.
+pub(super) fn choose(ctx: &Context, desc: &MatmulDesc) -> Result<(Tier, String)> {
+    let gpu = match ctx.engine() {
+        Engine::Cpu => None,
+        Engine::Gpu(gpu) => Some(&**gpu),
+    };
+    let exact = exact(desc);
+    let tensor = tensor(gpu, desc).map(|_| ());
+    match desc.tier {
+        Tier::Alu => return Ok((Tier::Alu, "asked for".into())),
+        Tier::Exact | Tier::Tensor => {
+            let lacks = if desc.tier == Tier::Exact { &exact } else { &tensor };
+            return match lacks {
+                Ok(()) => Ok((desc.tier, "asked for".into())),
+                Err([needs, has]) => Err(Error::Unsupported {
+                    operation: format!("the {} tier", desc.tier),
+                    needs: needs.clone(),
+                    has: has.clone(),
+                }),
+            };
+        }
+        Tier::Auto => {}
+    }
+    let no = |lacks: &std::result::Result<(), [String; 2]>| match lacks {
+        Ok(()) => String::new(),
+        Err([needs, has]) => format!("it needs {needs}, but {has}"),
+    };
+    Ok(match (gpu, &exact, &tensor) {
+        (None, Ok(()), _) => (Tier::Exact, "integer codes, on the CPU engine".into()),
+        (None, Err(_), _) => {
+            (Tier::Alu, format!("on the CPU engine; not the exact tier: {}", no(&exact)))
+        }
+        (Some(_), Ok(()), _) if desc.m <= 2 => {
+            (Tier::Exact, format!("m = {} is bound by memory, and codes are integers", desc.m))
+        }
+        (Some(_), _, _) if desc.m <= 2 => {
+            (Tier::Alu, format!("m = {} is bound by memory; not the exact tier: {}", desc.m, no(&exact)))
+        }
+        (Some(gpu), _, Ok(())) if !gpu.emulate_tensor => {
+            (Tier::Tensor, "the device has cooperative matrices f16 to f32".into())
+        }
+        (Some(_), Ok(()), _) => {
+            (Tier::Exact, format!("integer codes; not the tensor tier: {}", no(&tensor)))
+        }
+        (Some(_), Err(_), _) => (
+            Tier::Alu,
+            format!("not the tensor tier: {}; not the exact tier: {}", no(&tensor), no(&exact)),
+        ),
+    })
+}
+
+/// What the exact tier needs and what is there instead.
+fn exact(desc: &MatmulDesc) -> std::result::Result<(), [String; 2]> {
+    for (name, operand) in [("A", desc.a), ("B", desc.b)] {
+        let integer = match operand.values {
+            Values::Mx(spec) => {
+                matches!(spec.element, Element::E2M1 | Element::E2M3 | Element::Int8)
+            }
+            Values::Dense(_) => false,
+        };
+        if !integer {
+            return Err([
+                "E2M1, E2M3 or INT8 codes on both sides".into(),
+                format!("{name} is {}", operand.values),
+            ]);
+        }
+    }
+    Ok(())
+}
+
+/// The tensor tier's fragments on this device for this problem, or what it needs and what is there instead.
+fn tensor(gpu: Option<&Gpu>, desc: &MatmulDesc) -> std::result::Result<(Fragments, u32), [String; 2]> {
+    let lack = |needs: &str, has: String| Err([needs.to_string(), has]);
+    let Some(gpu) = gpu else {
+        return lack("cooperative matrices", "the context is the CPU engine".into());
+    };
+    for (name, operand) in [("A", desc.a), ("B", desc.b)] {
+        if let Values::Dense(dtype @ (DType::F32 | DType::BF16)) = operand.values {
+            return lack("MX or f16 operands", format!("{name} is {dtype}"));
+        }
+    }
+    let features = gpu.device.features();
+    if !features.contains(wgpu::Features::SHADER_F16) {
+        return lack("f16 in shaders", "the device was opened without".into());
+    }
+    if gpu.emulate_tensor {
+        return Ok((Fragments::Emulated, 16));
+    }
+    if !features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+        return lack("cooperative matrices", "the device offers none, or was opened without".into());
+    }
+    if gpu.caps.subgroups.is_none_or(|sizes| sizes != (32, 32)) {
+        return lack("subgroups of 32", format!("the device's are {:?}", gpu.caps.subgroups));
+    }
+    let Some(side) = [16, 8].into_iter().find(|side| gpu.matrices.contains(&[*side; 3])) else {
+        return lack(
+            "cooperative matrices of 16x16x16 or 8x8x8, f16 to f32",
+            format!("the device's are {:?}", gpu.matrices),
+        );
+    };
+    let spirv = side == 16
+        && gpu.caps.backend == "Vulkan"
+        && features.contains(wgpu::Features::PASSTHROUGH_SHADERS);
+    let by = if spirv { Fragments::Spirv } else { Fragments::Wgsl };
+    if by == Fragments::Wgsl && matches!(desc.out, Output::Mx(_)) {
+        return lack(
+            "SPIR-V to be taken as it is, for a packed output",
+            format!("the backend is {}", gpu.caps.backend),
+        );
+    }
+    Ok((by, side))
+}
+
+/// The tile for a problem: what was measured best, by size; see benches/results.
+pub(super) fn shape(gpu: &Gpu, desc: &MatmulDesc, tier: Tier) -> Shape {
+    let rows = match desc.experts {
+        // Rows of an expert, about.
+        Some(experts) => desc.m.div_ceil(experts),
+        None => desc.m,
+    };
+    let square = match desc.out {
+        Output::Mx(out) => Some(out.spec.block.lines() > 1),
+        Output::Dense(_) => None,
+    };
+    if tier == Tier::Tensor {
+        let (by, side) = tensor(Some(gpu), desc).unwrap_or((Fragments::Emulated, 16));
+        let large = square.is_some()
+            || rows.div_ceil(128) * desc.n.div_ceil(128) * desc.batch * desc.experts.unwrap_or(1) >= 100;
+        let (subgroups, fragments) = match (by, rows) {
+            (Fragments::Wgsl, _) if side == 8 => ([2, 2], [4, 4]),
+            (Fragments::Wgsl, _) => ([2, 2], [2, 2]),
+            (_, 0..=SKINNY) if square.is_none() => ([1, 2], [1, 2]),
+            _ if large => ([2, 2], [4, 4]),
+            _ => ([2, 2], [2, 2]),
+        };
+        return Shape::Tensor { subgroups, fragments, side, by };
+    }
+    if desc.experts.is_none() && square.is_none() && rows <= SKINNY {
+        let halves = segments(desc) == 2;
+        return match (tier, rows) {
+            (_, 0..=1) => Shape::Skinny { m: 1, rn: 32 },
+            (Tier::Exact, 2) if !halves => Shape::Skinny { m: 2, rn: 32 },
+            (_, 2) | (Tier::Alu, _) => Shape::Skinny { m: 2, rn: 16 },
+            (_, 3..=4) if halves => Shape::Skinny { m: 4, rn: 8 },
+            (_, 3..=4) => Shape::Skinny { m: 4, rn: 16 },
+            _ if halves => Shape::Skinny { m: 4, rn: 8 },
+            _ => Shape::Skinny { m: 8, rn: 8 },
+        };
+    }
+    match square {
+        Some(false) => Shape::Tile { bm: 64, bn: 128, tm: 4, tn: 8 },
+        Some(true) => Shape::Tile { bm: 64, bn: 64, tm: 4, tn: 4 },
+        None if tier == Tier::Exact && rows > 64 && desc.n > 64 && !gpu.caps.software => {
+            Shape::Tile { bm: 128, bn: 128, tm: 8, tn: 8 }
+        }
+        None => Shape::Tile { bm: 64, bn: 64, tm: 4, tn: 4 },
+    }
+}
+
+/// Parts of 32 positions that the exact tier rounds separately.
+pub(super) fn segments(desc: &MatmulDesc) -> u32 {
+    let short = |values| matches!(values, Values::Mx(spec) if spec.block.len() < 32);
+    if short(desc.a.values) || short(desc.b.values) { 2 } else { 1 }
+}
