@@ -7,14 +7,12 @@
 
 const LANES = 32u;
 const ABREAST = WG / LANES;
-const PASSES = RN / ABREAST;
+alias Lines = array<Line, PASSES>;
 const TERMS = LANES * SEGMENTS;
 const BM = M;
 const BN = RN;
 const STRIP_ROWS = M;
 
-// A's 32 positions of lane l, row m, word w: a_memory[(m · WORDS + w) · LANES + l].
-var<workgroup> a_memory: array<Word, M * WORDS * LANES>;
 // Term t of output o: terms[o · TERMS + (t ^ (o % 32))], so that neither writing nor adding meets one bank twice. At the end
 // the strip of sums.
 var<workgroup> terms: array<f32, M * RN * TERMS>;
@@ -29,30 +27,41 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     if (!tile_uniformly_there(tile, lane)) { return; }
     let l = lane % LANES;
     let abreast = lane / LANES;
+    var lines: Lines;
+    for (var u = 0u; u < PASSES; u++) { // unroll
+        lines[u] = line_open(min(tile.col + u * ABREAST + abreast, p.n - 1u));
+    }
     var sum = 0.0;
     for (var k0 = 0u; k0 < p.k; k0 += LANES * 32u) {
         let k = k0 + l * 32u;
-        // A's part of this chunk.
+        // All loads first.
+        for (var u = 0u; u < PASSES; u++) { // unroll
+            line_fetch(&lines, u, min(tile.col + u * ABREAST + abreast, p.n - 1u), k);
+        }
         for (var u = lane; u < M * 4u * LANES; u += WG) {
-            let m = u / (4u * LANES);
-            let part = u / LANES % 4u;
-            stage_a(m, part, u % LANES, a_eight(min(tile.row + m, tile.row + tile.rows - 1u), k0 + (u % LANES) * 32u + part * 8u));
+            stage_a(tile, u / (4u * LANES), u / LANES % 4u, u % LANES, k0 + (u % LANES) * 32u + u / LANES % 4u * 8u);
         }
         workgroupBarrier();
-        for (var pass_ = 0u; pass_ < PASSES; pass_++) {
-            let n = pass_ * ABREAST + abreast;
-            line_terms(min(tile.col + n, p.n - 1u), n, tile, k, l);
+        for (var m = 0u; m < M; m++) { // unroll
+            let a = line_a(m, l);
+            for (var u = 0u; u < PASSES; u++) { // unroll
+                line_terms(&lines, u, u * ABREAST + abreast, m, a, l);
+            }
         }
         workgroupBarrier();
         if (lane < M * RN) {
-            for (var t = 0u; t < TERMS; t++) { sum += terms[lane * TERMS + (t ^ (lane % 32u))]; }
+            for (var t = 0u; t < TERMS; t++) {
+                sum += terms[lane * TERMS + (t ^ (lane % 32u))];
+            }
         }
-        workgroupBarrier();
     }
+    workgroupBarrier();
     if (lane < M * RN) { terms[lane] = sum; }
     workgroupBarrier();
     strip_store(tile, 0u, lane);
 }
+
+fn a_index(tile: Tile, m: u32) -> u32 { return min(tile.row + m, tile.row + tile.rows - 1u); }
 
 fn put_term(m: u32, n: u32, t: u32, term: f32) {
     let o = m * RN + n;

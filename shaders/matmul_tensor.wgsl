@@ -11,16 +11,17 @@ const BN = SUBGROUPS_N * FN * FRAGMENT;
 const STRIP_ROWS = SUBGROUPS_M * FRAGMENT;
 // 16-byte units of a row of a stage, one of them to spread the rows over the banks.
 const PITCH = 5u;
+// SLICES groups of subgroups share a tile: each has every SLICES-th chunk of k to itself, and memory of its own.
 const TILE_UNITS = (BM + BN) * PITCH;
-// Four invocations a row.
-const ROW_STEP = WG / 4u;
-const A_UNITS = BM / ROW_STEP;
-const B_UNITS = BN / ROW_STEP;
+const STRIP_VECTORS = STRIP_ROWS * BN / 4u;
+// Four invocations a row; A_UNITS and B_UNITS rows an invocation.
+const ROW_STEP = WG / SLICES / 4u;
 const A_ROW0 = 0u;
 const B_ROW0 = BM;
 
 var<private> own_part: u32;
 var<private> own_lane: u32;
+var<private> own_slice: u32;
 
 fn lane_part() -> u32 { return own_part; }
 
@@ -29,7 +30,8 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         @builtin(local_invocation_index) lane: u32) {
     let tile = tile_place(wg.y * wgs.x + wg.x);
     if (!tile_uniformly_there(tile, lane)) { return; }
-    let subgroup = lane / 32u;
+    own_slice = lane / (WG / SLICES);
+    let subgroup = lane % (WG / SLICES) / 32u;
     let subgroup_m = subgroup / SUBGROUPS_N;
     let a_row = subgroup_m * FRAGMENT;
     let b_row = subgroup % SUBGROUPS_N * (FN * FRAGMENT);
@@ -37,7 +39,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     own_part = part;
     own_lane = lane % 32u;
     // Within eight rows 0, 4, 1, 5, …: then eight neighbours write to all banks.
-    let q = lane / 4u;
+    let q = lane % (WG / SLICES) / 4u;
     let r0 = (q & ~7u) | ((q & 1u) << 2u) | ((q >> 1u) & 3u);
     let a_limit = tile.row + tile.rows - 1u;
     let b_limit = p.n - 1u;
@@ -46,24 +48,36 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     var sums: Sums;
     sums_zero(&sums);
 
-    a_fetch(&a_units, tile.row, a_limit, r0, 0u);
-    b_fetch(&b_units, tile.col, b_limit, r0, 0u);
-    for (var k = 0u; k < p.k; k += 128u) {
-        for (var j = 0u; j < 4u; j++) {
-            a_stage(&a_units, tile.row, a_limit, r0, k, part, j);
-            b_stage(&b_units, tile.col, b_limit, r0, k, part, j);
-            workgroupBarrier();
-            if (j == 3u && k + 128u < p.k) {
-                a_fetch(&a_units, tile.row, a_limit, r0, k + 128u);
-                b_fetch(&b_units, tile.col, b_limit, r0, k + 128u);
+    a_open(&a_units, tile.row, a_limit, r0);
+    b_open(&b_units, tile.col, b_limit, r0);
+    let first = own_slice * 128u;
+    if (first < p.k) {
+        a_fetch(&a_units, tile.row, a_limit, r0, first);
+        b_fetch(&b_units, tile.col, b_limit, r0, first);
+    }
+    for (var k0 = 0u; k0 < p.k; k0 += SLICES * 128u) {
+        let k = k0 + first;
+        for (var j = 0u; j < 4u; j++) { // unroll
+            if (SLICES == 1u || k < p.k) {
+                a_stage(&a_units, tile.row, a_limit, r0, k, part, j);
+                b_stage(&b_units, tile.col, b_limit, r0, k, part, j);
             }
-            multiply(&sums, a_row, b_row);
+            workgroupBarrier();
+            if (j == 3u && k + SLICES * 128u < p.k) {
+                a_fetch(&a_units, tile.row, a_limit, r0, k + SLICES * 128u);
+                b_fetch(&b_units, tile.col, b_limit, r0, k + SLICES * 128u);
+            }
+            if (SLICES == 1u || k < p.k) { multiply(&sums, a_row, b_row); }
             workgroupBarrier();
         }
     }
-    for (var i = 0u; i < FM; i++) {
+    for (var i = 0u; i < FM; i++) { // unroll
         strip_fragments(&sums, i, subgroup_m, b_row, lane);
         workgroupBarrier();
+        if (SLICES > 1u) {
+            strip_join(lane);
+            workgroupBarrier();
+        }
         strip_store(tile, i * STRIP_ROWS, lane);
         workgroupBarrier();
     }

@@ -8,11 +8,13 @@ pub mod anchors;
 pub mod copy;
 pub mod dequantize;
 pub mod matmul;
+pub mod peak;
 pub mod quantize;
 
 pub use copy::Copy;
 pub use dequantize::{Dequantize, DequantizeDesc};
 pub use matmul::{Extras, Groups, Matmul, MatmulDesc, Operand, Output, Tier, Values};
+pub use peak::Peak;
 pub use quantize::{Quantize, QuantizeDesc};
 
 use crate::engine::buffer::DType;
@@ -25,6 +27,7 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(dequantize::kernels());
     kernels.extend(anchors::kernels());
     kernels.extend(copy::kernels());
+    kernels.extend(peak::kernels());
     kernels.extend(matmul::kernels());
     kernels
 }

@@ -11,6 +11,7 @@
 //! | kernels: descriptor, recording, CPU twin | [`kernels`] |
 //! | the random numbers of stochastic rounding | [`rng`] |
 //! | timing recorded work | [`report`] |
+//! | what a machine's units can do at most | [`kernels::peak`] |
 //! | what `info --selftest` runs | [`selftest`] |
 //! | .safetensors files | [`interop`] |
 

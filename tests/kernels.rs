@@ -1,35 +1,16 @@
 //! One suite, stamped on every engine: the CPU, and every adapter that wgpu finds, with and without subgroups, and with
-//! tensors cut into many bindings. Outputs are compared byte for byte with the slow reference of tests/common.
-//!
-//! `MX_TEST_GPU=auto` (default) tests the adapters that are there, `require` fails where there is none, `off` tests the
-//! CPU alone. `MX_TEST_ADAPTERS=2` requires that many. `MX_TEST_VALIDATION=require` opens the devices under Vulkan's
-//! validation layer and fails on any message of it. What an adapter lacks shows as ignored, never as passed.
+//! tensors cut into many bindings (tests/common/engines.rs). Outputs are compared byte for byte with the slow reference of
+//! tests/common.
 
 mod common;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
-
-use common::{assert_bytes, reference};
-use libtest_mimic::{Arguments, Failed, Trial};
+use common::engines::{self, Form, PLAIN, Test};
+use common::{assert_bytes, garbage, narrowed, reference};
+use libtest_mimic::{Failed, Trial};
 use microscaling::{
     Axis, Block, Context, DType, Dequantize, DequantizeDesc, DeviceChoice, Error, MXFP4, MxTensor,
-    NVFP4, Options, Quantize, QuantizeDesc, Rounding, engine, selftest,
+    NVFP4, Options, Quantize, QuantizeDesc, Rounding, selftest, wgpu,
 };
-
-/// One way to run a program.
-#[derive(Clone)]
-struct Engine {
-    label: String,
-    open: Arc<dyn Fn() -> Result<Context, Error> + Send + Sync>,
-    /// Tests every so many-th format: software drivers take up to a second to compile a pipeline.
-    step: usize,
-    /// Why it cannot be tested here.
-    lacks: Option<String>,
-}
-
-/// The second argument: test every so many-th format.
-type Test = fn(&Context, usize) -> Result<(), Failed>;
 
 const SUITE: &[(&str, Test)] = &[
     ("quantize_equals_the_reference", quantize_equals_the_reference),
@@ -46,116 +27,31 @@ const SUITE: &[(&str, Test)] = &[
 ];
 
 fn main() {
-    let args = Arguments::from_args();
-    let validation = match std::env::var("MX_TEST_VALIDATION").as_deref() {
-        Ok("require") => true,
-        Ok("off") | Err(_) => false,
-        Ok(other) => panic!("MX_TEST_VALIDATION={other}: require or off"),
-    };
-    LOG.install(validation);
-    let mut trials = Vec::new();
-    for engine in engines(validation) {
-        for (name, test) in SUITE {
-            let (test, open, step) = (*test, Arc::clone(&engine.open), engine.step);
-            let name = match &engine.lacks {
-                Some(why) => format!("{} [{why}] {name}", engine.label),
-                None => format!("{} {name}", engine.label),
-            };
-            let ignored = engine.lacks.is_some();
-            trials.push(
-                Trial::test(name, move || {
-                    let ctx = open().map_err(|error| error.to_string())?;
-                    test(&ctx, step)?;
-                    ctx.wait_blocking().map_err(|error| error.to_string())?;
-                    LOG.check()
-                })
-                .with_ignored_flag(ignored),
-            );
-        }
-    }
-    trials.push(Trial::test("an_adapter_that_does_not_exist", no_such_adapter));
-    trials.push(Trial::test("a_comparison_that_must_fail_fails", comparison_fails));
-    libtest_mimic::run(&args, trials).exit();
-}
-
-fn engines(validation: bool) -> Vec<Engine> {
-    let mut engines = vec![Engine {
-        label: "CPU".into(),
-        open: Arc::new(|| Ok(Context::cpu())),
-        step: 1,
-        lacks: None,
-    }];
-    let mode = std::env::var("MX_TEST_GPU").unwrap_or_else(|_| "auto".into());
-    assert!(
-        ["auto", "require", "off"].contains(&&*mode),
-        "MX_TEST_GPU={mode}: auto, require or off"
-    );
-    let adapters =
-        if mode == "off" { Vec::new() } else { pollster::block_on(engine::adapters(validation)) };
-    let required: usize = match std::env::var("MX_TEST_ADAPTERS") {
-        Ok(n) => n.parse().expect("MX_TEST_ADAPTERS is a number"),
-        Err(_) => usize::from(mode == "require"),
-    };
-    assert!(adapters.len() >= required, "{required} adapters required, {} found", adapters.len());
-    for adapter in adapters {
-        let info = adapter.get_info();
-        let label = format!("{:?} {}", info.backend, info.name);
-        eprintln!("adapter: {label}, {} {}", info.driver, info.driver_info);
-        // A software driver takes up to seconds for a pipeline: every third format there, all formats on hardware.
-        let step = if info.device_type == wgpu::DeviceType::Cpu { 3 } else { 1 };
-        let has_subgroups = adapter.features().contains(wgpu::Features::SUBGROUP);
-        let forms = [
-            ("", Options::default(), step, None),
-            (
-                " without subgroups",
-                Options { without: wgpu::Features::SUBGROUP, ..Default::default() },
-                7,
-                (!has_subgroups).then(|| "never has them".to_string()),
-            ),
-            (
-                " in small bindings",
-                Options { max_binding: Some(180 << 10), ..Default::default() },
-                11,
-                None,
-            ),
-        ];
-        for (what, options, step, lacks) in forms {
-            let adapter = adapter.clone();
-            // One device an engine: opening takes long on some drivers, and pipelines are kept.
-            let shared: Mutex<Option<Context>> = Mutex::new(None);
-            let open = move || {
-                let mut shared = shared.lock().unwrap_or_else(|e| e.into_inner());
-                if shared.is_none() {
-                    *shared = Some(pollster::block_on(Context::on_adapter(&adapter, &options))?);
-                }
-                Ok(shared.clone().expect("just opened"))
-            };
-            engines.push(Engine {
-                label: format!("{label}{what}"),
-                open: Arc::new(open),
-                step,
-                lacks,
-            });
-        }
-    }
-    engines
-}
-
-/// A packed tensor full of garbage, so that what a kernel leaves out shows.
-fn garbage(
-    ctx: &Context,
-    desc: &QuantizeDesc,
-    rows: usize,
-    cols: usize,
-) -> Result<microscaling::DeviceMxTensor, Error> {
-    let layout = microscaling::Layout::new(desc.spec, desc.axis, rows, cols)?;
-    let fill = |n| (0..n).map(|i| (i as u8).wrapping_mul(37) | 0x81).collect();
-    ctx.upload_mx(&MxTensor::from_parts(
-        layout,
-        fill(layout.codes_len()),
-        fill(layout.scales_len()),
-        1.0,
-    )?)
+    let forms = [
+        Form {
+            what: PLAIN,
+            options: Options::default(),
+            steps: [1, 3],
+            needs: (wgpu::Features::empty(), ""),
+        },
+        Form {
+            what: " without subgroups",
+            options: Options { without: wgpu::Features::SUBGROUP, ..Default::default() },
+            steps: [7, 7],
+            needs: (wgpu::Features::SUBGROUP, "never has them"),
+        },
+        Form {
+            what: " in small bindings",
+            options: Options { max_binding: Some(180 << 10), ..Default::default() },
+            steps: [11, 11],
+            needs: (wgpu::Features::empty(), ""),
+        },
+    ];
+    let alone = vec![
+        Trial::test("an_adapter_that_does_not_exist", no_such_adapter),
+        Trial::test("a_comparison_that_must_fail_fails", comparison_fails),
+    ];
+    engines::run(|_| SUITE.to_vec(), &forms, alone);
 }
 
 fn quantize(
@@ -278,21 +174,6 @@ fn dequantize(ctx: &Context, x: &MxTensor, dtype: DType) -> Result<Vec<u8>, Erro
     Dequantize::new(ctx, &desc)?.record(&mut stream, &x, &mut y)?;
     ctx.submit(stream)?;
     ctx.read_blocking(&y)
-}
-
-/// f32 bits in another type; from the `half` crate, with the one NaN.
-fn narrowed(dtype: DType, values: &[f32]) -> Vec<u8> {
-    let nan = |v: f32, bits: u16, canonical: u16| if v.is_nan() { canonical } else { bits };
-    values
-        .iter()
-        .flat_map(|v| match dtype {
-            DType::F32 => v.to_le_bytes().to_vec(),
-            DType::F16 => nan(*v, half::f16::from_f32(*v).to_bits(), 0x7e00).to_le_bytes().to_vec(),
-            DType::BF16 => {
-                nan(*v, half::bf16::from_f32(*v).to_bits(), 0x7fc0).to_le_bytes().to_vec()
-            }
-        })
-        .collect()
 }
 
 /// Random codes and random scales, NaN among them, in every layout and type.
@@ -480,61 +361,4 @@ fn comparison_fails() -> Result<(), Failed> {
         "one flipped bit passes"
     );
     Ok(())
-}
-
-// ---- Messages of the validation layer ------------------------------------------------------------------------------
-
-static LOG: Log = Log {
-    layer_seen: AtomicUsize::new(0),
-    messages: Mutex::new(Vec::new()),
-    required: AtomicUsize::new(0),
-};
-
-/// Keeps what wgpu-hal logs: the validation layer's messages come that way.
-struct Log {
-    layer_seen: AtomicUsize,
-    messages: Mutex<Vec<String>>,
-    required: AtomicUsize,
-}
-
-impl Log {
-    fn install(&'static self, required: bool) {
-        self.required.store(usize::from(required), Ordering::Relaxed);
-        log::set_logger(self).expect("first logger");
-        log::set_max_level(log::LevelFilter::Debug);
-    }
-
-    fn check(&self) -> Result<(), Failed> {
-        let mut messages = self.messages.lock().unwrap();
-        if !messages.is_empty() {
-            return Err(std::mem::take(&mut *messages).join("\n").into());
-        }
-        if self.required.load(Ordering::Relaxed) == 1
-            && self.layer_seen.load(Ordering::Relaxed) == 0
-        {
-            return Err(
-                "MX_TEST_VALIDATION=require, but the validation layer was not loaded".into()
-            );
-        }
-        Ok(())
-    }
-}
-
-impl log::Log for Log {
-    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
-        true
-    }
-
-    fn log(&self, record: &log::Record<'_>) {
-        let text = record.args().to_string();
-        if text.contains("Insert instance layer \"VK_LAYER_KHRONOS_validation\"") {
-            self.layer_seen.store(1, Ordering::Relaxed);
-        }
-        let hal = record.target().starts_with("wgpu_hal");
-        if hal && record.level() <= log::Level::Warn && text.starts_with("VALIDATION") {
-            self.messages.lock().unwrap().push(text);
-        }
-    }
-
-    fn flush(&self) {}
 }

@@ -12,12 +12,22 @@ use naga::valid::{Capabilities, ValidationFlags, Validator};
 const MAX_WORKGROUP_BYTES: u32 = 16384;
 const MAX_INVOCATIONS: u32 = 256;
 
+/// What the tensor tier's kernels may use: devices with cooperative matrices have more than WebGPU's default.
+const MAX_TENSOR_WORKGROUP_BYTES: u32 = 49152;
+
 fn check(kernel: &Kernel) -> Result<(), String> {
+    let tensor = kernel.features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
     let module = naga::front::wgsl::parse_str(&kernel.wgsl)
         .map_err(|error| error.emit_to_string(&kernel.wgsl))?;
     let mut capabilities = Capabilities::empty();
     if kernel.features.contains(wgpu::Features::SUBGROUP) {
         capabilities |= Capabilities::SUBGROUP;
+    }
+    if kernel.features.contains(wgpu::Features::SHADER_F16) {
+        capabilities |= Capabilities::SHADER_FLOAT16 | Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+    }
+    if tensor {
+        capabilities |= Capabilities::COOPERATIVE_MATRIX;
     }
     let info = Validator::new(ValidationFlags::all(), capabilities)
         .subgroup_stages(naga::valid::ShaderStages::COMPUTE)
@@ -56,7 +66,8 @@ fn check(kernel: &Kernel) -> Result<(), String> {
                 Some(kind);
         }
     }
-    if workgroup_bytes > MAX_WORKGROUP_BYTES {
+    let limit = if tensor { MAX_TENSOR_WORKGROUP_BYTES } else { MAX_WORKGROUP_BYTES };
+    if workgroup_bytes > limit {
         return Err(format!("{workgroup_bytes} bytes of workgroup memory"));
     }
     for (listed, found) in kernel.bindings.iter().zip(bindings) {
@@ -65,6 +76,10 @@ fn check(kernel: &Kernel) -> Result<(), String> {
         }
     }
 
+    if kernel.spirv {
+        // Only a driver that takes SPIR-V ever sees it.
+        return microscaling::engine::spirv::compile(&kernel.wgsl).map(|_| ());
+    }
     use naga::back;
     back::spv::write_vec(
         &module,
@@ -73,6 +88,7 @@ fn check(kernel: &Kernel) -> Result<(), String> {
         None,
     )
     .map_err(|error| format!("SPIR-V: {error}"))?;
+    let hlsl_lacks = tensor; // Direct3D has no cooperative matrices.
     let msl = back::msl::Options {
         lang_version: (2, 4),
         fake_missing_bindings: true,
@@ -80,9 +96,16 @@ fn check(kernel: &Kernel) -> Result<(), String> {
     };
     back::msl::write_string(&module, &info, &msl, &back::msl::PipelineOptions::default())
         .map_err(|error| format!("MSL: {error}"))?;
+    if hlsl_lacks {
+        return Ok(());
+    }
     let mut text = String::new();
     let options = back::hlsl::Options {
-        shader_model: back::hlsl::ShaderModel::V6_0,
+        shader_model: if kernel.features.contains(wgpu::Features::SHADER_F16) {
+            back::hlsl::ShaderModel::V6_2
+        } else {
+            back::hlsl::ShaderModel::V6_0
+        },
         fake_missing_bindings: true,
         ..Default::default()
     };
@@ -106,7 +129,9 @@ fn every_kernel_translates_and_keeps_the_limits() {
             let (kernels, failures) = (&kernels, &failures);
             scope.spawn(move || {
                 for kernel in kernels.iter().skip(t).step_by(threads) {
-                    if let Err(problem) = check(kernel) {
+                    if let Err(problem) = std::panic::catch_unwind(|| check(kernel))
+                        .unwrap_or_else(|_| Err("naga panics".into()))
+                    {
                         failures.lock().unwrap().push(format!("{}: {problem}", kernel.name));
                     }
                 }

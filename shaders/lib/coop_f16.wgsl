@@ -7,31 +7,40 @@ fn tile_put(unit: u32, h: vec4<u32>) {
     tiles[2u * unit] = vec4<f16>(half2(h.x), half2(h.y));
     tiles[2u * unit + 1u] = vec4<f16>(half2(h.z), half2(h.w));
 }
+// One slice only.
+fn strip_join(lane: u32) { }
 fn strip_get(i: u32) -> f32 { return strip[i]; }
 fn strip_put(i: u32, bits: u32) { strip[i] = bitcast<f32>(bits); }
 
 alias Sums = array<MatC, FM * FN>;
 
 fn sums_zero(sums: ptr<function, Sums>) {
-    for (var f = 0u; f < FM * FN; f++) { (*sums)[f] = MatC(); }
+    for (var f = 0u; f < FM * FN; f++) { // unroll
+        (*sums)[f] = MatC();
+    }
 }
 
 fn multiply(sums: ptr<function, Sums>, a_row: u32, b_row: u32) {
-    for (var s = 0u; s < 32u / FRAGMENT; s++) {
+    for (var s = 0u; s < 32u / FRAGMENT; s++) { // unroll
         var b: array<MatB, FN>;
-        for (var j = 0u; j < FN; j++) { b[j] = coopLoad<MatB>(&tiles[2u * ((BM + b_row + j * FRAGMENT) * PITCH + s * (FRAGMENT / 8u))], 2u * PITCH); }
-        for (var i = 0u; i < FM; i++) {
+        for (var j = 0u; j < FN; j++) { // unroll
+            b[j] = coopLoad<MatB>(&tiles[2u * ((BM + b_row + j * FRAGMENT) * PITCH + s * (FRAGMENT / 8u))], 2u * PITCH);
+        }
+        for (var i = 0u; i < FM; i++) { // unroll
             let a = coopLoadT<MatA>(&tiles[2u * ((a_row + i * SUBGROUPS_M * FRAGMENT) * PITCH + s * (FRAGMENT / 8u))], 2u * PITCH);
-            for (var j = 0u; j < FN; j++) { (*sums)[i * FN + j] = coopMultiplyAdd(a, b[j], (*sums)[i * FN + j]); }
+            for (var j = 0u; j < FN; j++) { // unroll
+                (*sums)[i * FN + j] = coopMultiplyAdd(a, b[j], (*sums)[i * FN + j]);
+            }
         }
     }
 }
 
 // Row i of the subgroup's fragments to the strip.
 fn strip_fragments(sums: ptr<function, Sums>, i: u32, subgroup_m: u32, b_row: u32, lane: u32) {
-    for (var j = 0u; j < FN; j++) {
+    for (var j = 0u; j < FN; j++) { // unroll
         let at = (subgroup_m * FRAGMENT * BN + b_row + j * FRAGMENT);
         let stride = BN;
-        coopStoreT((*sums)[i * FN + j], &strip[at], stride);
+        let fragment = (*sums)[i * FN + j];
+        coopStoreT(fragment, &strip[at], stride);
     }
 }

@@ -38,3 +38,6 @@ fn op_relative(scale: u32, anchor: u32, shift: u32, below: u32) -> f32 {
     if (anchor == 255u || scale + below < anchor) { return 0.0; }
     return bitcast<f32>((scale + 127u + shift - anchor) << 23u);
 }
+
+// The factor of an integer dot product.
+fn op_factor(scale: u32, anchor: u32) -> f32 { return op_relative(scale, anchor, 44u, 107u); }

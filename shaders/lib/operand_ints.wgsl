@@ -22,8 +22,8 @@ fn op_int_e2m3(code: u32) -> u32 {
     return select(v, 0u - v, (code & 32u) != 0u) & 0xffu;
 }
 
-fn op_ints8(i: u32, k: u32) -> vec2<u32> {
-    let raw = op_raw8(i, k);
+// Eight of them, from the stream of their codes.
+fn op_ints(raw: vec2<u32>) -> vec2<u32> {
     if (OP_INT8) { return raw; }
     if (OP_BITS == 4u) {
         // Any order within eight will do when both operands have the same.
@@ -35,5 +35,3 @@ fn op_ints8(i: u32, k: u32) -> vec2<u32> {
                      op_int_e2m3(op_pick(raw, 4u)) | (op_int_e2m3(op_pick(raw, 5u)) << 8u)
                          | (op_int_e2m3(op_pick(raw, 6u)) << 16u) | (op_int_e2m3(op_pick(raw, 7u)) << 24u));
 }
-
-fn op_factor(i: u32, k: u32) -> f32 { return op_relative(op_scale(i, k), op_anchor(i), 44u, 107u); }

@@ -1,23 +1,28 @@
 // The ALU tier's terms of one line of B: 32 products each.
 
-alias Word = f32;
-alias Eight = array<f32, 8>;
-const WORDS = 32u;
+// A: position e of row m and lane l at (m · 32 + e) · LANES + l.
+var<workgroup> a_memory: array<f32, M * 32u * LANES>;
 
-fn a_eight(i: u32, k: u32) -> Eight { return a_values8(i, k); }
+// Nothing is fetched ahead.
+alias Line = u32;
 
-fn stage_a(m: u32, part: u32, l: u32, x: Eight) {
-    for (var j = 0u; j < 8u; j++) { a_memory[(m * WORDS + part * 8u + j) * LANES + l] = x[j]; }
+var<private> chunk: u32;
+
+fn line_open(j: u32) -> Line { return j; }
+fn line_fetch(lines: ptr<function, Lines>, u: u32, j: u32, k: u32) { chunk = k / (32u * LANES) * (32u * LANES); }
+
+fn stage_a(tile: Tile, m: u32, part: u32, l: u32, k: u32) {
+    var x = a_values8(a_index(tile, m), k);
+    for (var j = 0u; j < 8u; j++) { a_memory[(m * 32u + part * 8u + j) * LANES + l] = x[j]; }
 }
 
-fn line_terms(j: u32, n: u32, tile: Tile, k: u32, l: u32) {
-    var sums: array<f32, M>;
-    for (var m = 0u; m < M; m++) { sums[m] = 0.0; }
+fn line_a(m: u32, l: u32) -> u32 { return 0u; }
+
+fn line_terms(lines: ptr<function, Lines>, u: u32, n: u32, m: u32, a: u32, l: u32) {
+    var sum = 0.0;
     for (var q = 0u; q < 4u; q++) {
-        let b = b_values8(j, k + 8u * q);
-        for (var m = 0u; m < M; m++) {
-            for (var e = 0u; e < 8u; e++) { sums[m] = fma(b[e], a_memory[(m * WORDS + 8u * q + e) * LANES + l], sums[m]); }
-        }
+        var b = b_values8((*lines)[u], l * 32u + chunk + 8u * q);
+        for (var e = 0u; e < 8u; e++) { sum = fma(b[e], a_memory[(m * 32u + 8u * q + e) * LANES + l], sum); }
     }
-    for (var m = 0u; m < M; m++) { put_term(m, n, l, sums[m]); }
+    put_term(m, n, l, sum);
 }

@@ -1,7 +1,11 @@
 //! Kernels as data: a [`Kernel`] is a complete WGSL module with its bindings, which any host can run.
 //!
 //! Assembly is plain concatenation: a header of generated constants, the fragments of `shaders/lib`, the
-//! body. Variants differ in constants and in which of several fragments with the same functions is used.
+//! body. Variants differ in constants and in which of several fragments with the same functions is used. One thing is
+//! expanded: a `for` that ends its line with `// unroll`, because drivers keep an array in registers only where every index
+//! into it is a constant, and do not unroll by themselves reliably.
+
+use std::collections::HashMap;
 
 /// What a binding of group 0 is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,15 +39,18 @@ pub struct Kernel {
 #[derive(Default)]
 pub(crate) struct Source {
     text: String,
+    /// What `constant` was told, for the bounds of loops.
+    values: HashMap<String, u32>,
 }
 
 impl Source {
     pub(crate) fn new() -> Source {
-        Source { text: String::new() }
+        Source::default()
     }
 
     pub(crate) fn constant(mut self, name: &str, value: u32) -> Source {
         self.text += &format!("const {name} = {value}u;\n");
+        self.values.insert(name.into(), value);
         self
     }
 
@@ -71,6 +78,7 @@ impl Source {
 
     pub(crate) fn append(mut self, other: Source) -> Source {
         self.text += &other.text;
+        self.values.extend(other.values);
         self
     }
 
@@ -81,7 +89,94 @@ impl Source {
     }
 
     pub(crate) fn build(self) -> String {
-        self.text
+        let mut out = String::new();
+        unroll(&self.text, &self.values, &mut out);
+        out
+    }
+}
+
+/// Copies `text` with its loops marked `// unroll` written out. Their form is
+/// `for (var i = 0u; i < BOUND; i++) {`, BOUND a product or quotient of constants and literals.
+fn unroll(text: &str, values: &HashMap<String, u32>, out: &mut String) {
+    let mut rest = text;
+    while let Some(mark) = rest.find("// unroll\n") {
+        let start = rest[..mark].rfind('\n').map_or(0, |at| at + 1);
+        out.push_str(&rest[..start]);
+        let head = &rest[start..mark];
+        let (name, bound) = head
+            .trim()
+            .strip_prefix("for (var ")
+            .and_then(|head| head.split_once(" = 0u; "))
+            .and_then(|(name, head)| {
+                let bound = head.strip_prefix(name)?.strip_prefix(" < ")?;
+                Some((name, bound.split(';').next()?))
+            })
+            .unwrap_or_else(|| panic!("a loop that cannot be unrolled: {head}"));
+        let body = &rest[mark + "// unroll\n".len()..];
+        let mut depth = 1;
+        let end = body
+            .char_indices()
+            .find(|(_, c)| {
+                depth += i32::from(*c == '{') - i32::from(*c == '}');
+                depth == 0
+            })
+            .map_or(body.len(), |(at, _)| at);
+        for i in 0..evaluate(bound, values) {
+            out.push_str("{\n");
+            unroll(&replace_word(&body[..end], name, &format!("{i}u")), values, out);
+            out.push_str("}\n");
+        }
+        rest = &body[end + 1..];
+    }
+    out.push_str(rest);
+}
+
+fn evaluate(expression: &str, values: &HashMap<String, u32>) -> u32 {
+    let mut result = 1;
+    let mut divide = false;
+    for token in expression.split_whitespace() {
+        match token {
+            "*" => divide = false,
+            "/" => divide = true,
+            _ => {
+                let literal = token.strip_suffix('u').and_then(|digits| digits.parse().ok());
+                let value = literal
+                    .or_else(|| values.get(token).copied())
+                    .unwrap_or_else(|| panic!("{token} is no constant of this kernel"));
+                result = if divide { result / value } else { result * value };
+            }
+        }
+    }
+    result
+}
+
+/// Replaces `word` where it stands alone.
+fn replace_word(text: &str, word: &str, by: &str) -> String {
+    let part = |c: char| c.is_alphanumeric() || c == '_';
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some(at) = rest.find(word) {
+        let alone = !rest[..at].ends_with(part)
+            && !rest[..at].ends_with('.')
+            && !rest[at + word.len()..].starts_with(part);
+        out.push_str(&rest[..at]);
+        out.push_str(if alone { by } else { word });
+        rest = &rest[at + word.len()..];
+    }
+    out + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loops_are_unrolled() {
+        let text = "a\n  for (var i = 0u; i < N / 2u; i++) { // unroll\n    x[i] = i + ii; if (b) { c(i); }\n  }\nz\n";
+        let built = Source::new().constant("N", 4).fragment(text).build();
+        assert!(built.contains("x[0u] = 0u + ii; if (b) { c(0u); }"), "{built}");
+        assert!(built.contains("x[1u] = 1u + ii; if (b) { c(1u); }"), "{built}");
+        assert!(!built.contains("x[2u]") && !built.contains("for") && built.ends_with("\nz\n"));
     }
 }
 

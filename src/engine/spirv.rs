@@ -106,9 +106,8 @@ fn correct(words: &[u32]) -> Result<Vec<u32>, String> {
     }
     // A type must stand before its first use.
     let float = instructions.iter().position(|(op, a)| *op == OP_TYPE_FLOAT && a[1] == 16);
-    let matrix = instructions
-        .iter()
-        .position(|(op, a)| *op == OP_TYPE_COOPERATIVE_MATRIX && a[1] == f16);
+    let matrix =
+        instructions.iter().position(|(op, a)| *op == OP_TYPE_COOPERATIVE_MATRIX && a[1] == f16);
     if let (Some(float), Some(matrix)) = (float, matrix) {
         if matrix < float {
             let instruction = instructions.remove(float);

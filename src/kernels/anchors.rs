@@ -22,9 +22,7 @@ pub(crate) fn anchors(layout: &Layout, scales: &[u8]) -> Vec<u32> {
     };
     let rows = layout.scale_rows();
     let mut anchors: Vec<u32> = (0..rows)
-        .map(|r| {
-            scales[r * blocks..(r + 1) * blocks].iter().map(|s| anchor(*s)).max().unwrap_or(0)
-        })
+        .map(|r| scales[r * blocks..(r + 1) * blocks].iter().map(|s| anchor(*s)).max().unwrap_or(0))
         .collect();
     if layout.spec.block.lines() > 1 {
         anchors.extend(

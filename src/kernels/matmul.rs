@@ -348,14 +348,15 @@ impl Matmul {
         {
             let (values, stored, rows) = match input {
                 Input::Dense(t) => (Values::Dense(t.dtype), [t.rows, t.cols], &t.data),
-                Input::Mx(t) => (
-                    Values::Mx(t.layout.spec),
-                    [t.layout.lines(), t.layout.line_len()],
-                    &t.codes,
-                ),
+                Input::Mx(t) => {
+                    (Values::Mx(t.layout.spec), [t.layout.lines(), t.layout.line_len()], &t.codes)
+                }
             };
             if values != operand.values {
-                return mismatch(format!("{name} is {values}, the kernel takes {}", operand.values));
+                return mismatch(format!(
+                    "{name} is {values}, the kernel takes {}",
+                    operand.values
+                ));
             }
             let wanted = match operand.transposed {
                 false => [stack * outputs, desc.k],
@@ -460,9 +461,7 @@ impl std::str::FromStr for Tier {
         [Tier::Auto, Tier::Exact, Tier::Tensor, Tier::Alu]
             .into_iter()
             .find(|tier| tier.to_string() == text)
-            .ok_or_else(|| {
-                Error::InvalidSpec(format!("tier {text:?}: auto, exact, tensor or alu"))
-            })
+            .ok_or_else(|| Error::InvalidSpec(format!("tier {text:?}: auto, exact, tensor or alu")))
     }
 }
 
@@ -511,7 +510,8 @@ impl MatmulDesc {
                 return mismatch(format!("beta = {} with a packed output", self.beta));
             }
             let lines = out.spec.block.lines();
-            if lines > 1 && (self.experts.is_some() || self.batch > 1 && !self.m.is_multiple_of(lines))
+            if lines > 1
+                && (self.experts.is_some() || self.batch > 1 && !self.m.is_multiple_of(lines))
             {
                 return mismatch(format!(
                     "an output in {}: its blocks would span groups or batches of {} rows",
@@ -536,10 +536,9 @@ impl MatmulDesc {
             });
         }
         // What the shaders count in u32.
-        for (what, n) in [
-            ("rows", self.batch.saturating_mul(self.m)),
-            ("columns", stack.saturating_mul(self.n)),
-        ] {
+        for (what, n) in
+            [("rows", self.batch.saturating_mul(self.m)), ("columns", stack.saturating_mul(self.n))]
+        {
             if n >= 1 << 31 {
                 return Err(Error::TooLarge {
                     what: format!(
@@ -653,19 +652,28 @@ fn run_cpu(
         Some(groups) => {
             let words = &groups.data.cpu()[1..];
             let (offsets, experts) = words.split_at(groups.groups + 1);
-            let parts = offsets.windows(2).zip(experts).map(|(o, e)| {
-                (o[0] as usize, (o[1] - o[0]) as usize, *e as usize)
-            });
+            let parts = offsets
+                .windows(2)
+                .zip(experts)
+                .map(|(o, e)| (o[0] as usize, (o[1] - o[0]) as usize, *e as usize));
             parts.collect()
         }
     };
-    if let Some((first, rows, _)) = parts.iter().find(|(first, rows, _)| first + rows > desc.batch * m) {
+    if let Some((first, rows, _)) =
+        parts.iter().find(|(first, rows, _)| first + rows > desc.batch * m)
+    {
         return Err(Error::Mismatch {
             operation: "Matmul::record",
-            problem: format!("a group of rows {first} to {}, but A has {}", first + rows, desc.batch * m),
+            problem: format!(
+                "a group of rows {first} to {}, but A has {}",
+                first + rows,
+                desc.batch * m
+            ),
         });
     }
-    if let Some((.., expert)) = parts.iter().find(|part| part.2 >= desc.experts.unwrap_or(desc.batch)) {
+    if let Some((.., expert)) =
+        parts.iter().find(|part| part.2 >= desc.experts.unwrap_or(desc.batch))
+    {
         return Err(Error::Mismatch {
             operation: "Matmul::record",
             problem: format!("a group of expert {expert}, but B has {:?}", desc.experts),
@@ -717,7 +725,8 @@ fn run_cpu(
                             DType::F32 => words[at] = value,
                             DType::F16 | DType::BF16 => {
                                 let shift = 16 * (at % 2);
-                                words[at / 2] = words[at / 2] & !(0xffff << shift) | (value << shift);
+                                words[at / 2] =
+                                    words[at / 2] & !(0xffff << shift) | (value << shift);
                             }
                         }
                     }
@@ -733,7 +742,13 @@ fn run_cpu(
     Ok(())
 }
 
-fn view(input: Input<'_>, transposed: bool, first: usize, first_k: usize, len: usize) -> cpu::View<'_> {
+fn view(
+    input: Input<'_>,
+    transposed: bool,
+    first: usize,
+    first_k: usize,
+    len: usize,
+) -> cpu::View<'_> {
     let values = match input {
         Input::Dense(t) => cpu::Source::Dense { dtype: t.dtype, data: t.data.cpu(), cols: t.cols },
         Input::Mx(t) => cpu::Source::Mx {

@@ -19,7 +19,9 @@ use crate::formats::{Axis, Layout, MxSpec, MxTensor, Rounding, ScaleFormat, Scal
 use crate::rng::{self, RoundingBits};
 use crate::{Error, Result};
 
-use super::{UNIT, WORKGROUP, anchors, all_specs, codec, format_constants, format_name, type_constants};
+use super::{
+    UNIT, WORKGROUP, all_specs, anchors, codec, format_constants, format_name, type_constants,
+};
 
 /// What [`Quantize`] does.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -1,11 +1,15 @@
 //! What the test files share: an oracle that is written another way than the crate, inputs, golden files.
 #![allow(dead_code)] // Each test binary uses its part.
 
+pub mod engines;
+pub mod product;
 pub mod reference;
 
 use std::path::PathBuf;
 
-use microscaling::{DType, Rounding, rng};
+use microscaling::{
+    Context, DType, DeviceMxTensor, Error, Layout, MxTensor, QuantizeDesc, Rounding, rng,
+};
 
 pub fn golden(name: &str) -> Vec<u8> {
     let path: PathBuf = [env!("CARGO_MANIFEST_DIR"), "tests", "golden", name].iter().collect();
@@ -55,6 +59,38 @@ pub fn to_f32(dtype: DType, bytes: &[u8]) -> Vec<f32> {
             .map(|b| half::bf16::from_le_bytes(b.try_into().unwrap()).to_f32())
             .collect(),
     }
+}
+
+/// f32 values in another type; from the `half` crate, with the one NaN.
+pub fn narrowed(dtype: DType, values: &[f32]) -> Vec<u8> {
+    let nan = |v: f32, bits: u16, canonical: u16| if v.is_nan() { canonical } else { bits };
+    values
+        .iter()
+        .flat_map(|v| match dtype {
+            DType::F32 => v.to_le_bytes().to_vec(),
+            DType::F16 => nan(*v, half::f16::from_f32(*v).to_bits(), 0x7e00).to_le_bytes().to_vec(),
+            DType::BF16 => {
+                nan(*v, half::bf16::from_f32(*v).to_bits(), 0x7fc0).to_le_bytes().to_vec()
+            }
+        })
+        .collect()
+}
+
+/// A packed tensor full of garbage, so that what a kernel leaves out shows.
+pub fn garbage(
+    ctx: &Context,
+    desc: &QuantizeDesc,
+    rows: usize,
+    cols: usize,
+) -> Result<DeviceMxTensor, Error> {
+    let layout = Layout::new(desc.spec, desc.axis, rows, cols)?;
+    let fill = |n| (0..n).map(|i| (i as u8).wrapping_mul(37) | 0x81).collect();
+    ctx.upload_mx(&MxTensor::from_parts(
+        layout,
+        fill(layout.codes_len()),
+        fill(layout.scales_len()),
+        1.0,
+    )?)
 }
 
 /// Asserts that two byte strings are equal, and says where they are not.

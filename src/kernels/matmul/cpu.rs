@@ -10,7 +10,7 @@
 //! are raised by their offset, the largest magnitude that they have, and the surplus offset · Σb is taken off each segment.
 //! Where the products of a segment would not fit the 16 bits that they are summed in, A has two digits of four bits.
 //!
-//! Memory: at most 640 KiB of panels a thread.
+//! Memory: at most 512 KiB of panels a thread.
 
 use std::ops::Range;
 
@@ -200,10 +200,10 @@ struct Packed<'a> {
     scale_rows: usize,
     /// Elements of a block along and across the lines: powers of two, as their logarithms.
     block: u32,
-    lines: u32,
+    across: u32,
 }
 
-/// The codes of some output indices, along k; zero where there is nothing.
+/// Codes of some output indices, along k.
 type Cell = [[u8; CELL]; CELL];
 
 impl<'a> Packed<'a> {
@@ -214,7 +214,10 @@ impl<'a> Packed<'a> {
         scales: &'a [u8],
         anchors: &'a [u32],
     ) -> Packed<'a> {
-        debug_assert!(!view.transposed || matches!(layout.spec.block, Block::Square(_)));
+        debug_assert!(match view.transposed {
+            true => matches!(layout.spec.block, Block::Square(_)),
+            false => view.first_k == 0,
+        });
         Packed {
             element: layout.spec.element,
             scale: layout.spec.scale,
@@ -228,7 +231,7 @@ impl<'a> Packed<'a> {
             blocks: layout.blocks(),
             scale_rows: layout.scale_rows(),
             block: layout.spec.block.len().ilog2(),
-            lines: layout.spec.block.lines().ilog2(),
+            across: layout.spec.block.lines().ilog2(),
         }
     }
 
@@ -243,15 +246,14 @@ impl<'a> Packed<'a> {
     fn anchor(&self, i: usize) -> u32 {
         let i = self.first + i;
         self.anchors
-            [if self.transposed { self.scale_rows + (i >> self.block) } else { i >> self.lines }]
+            [if self.transposed { self.scale_rows + (i >> self.block) } else { i >> self.across }]
     }
 
-    /// The factor of the block that holds an element.
+    /// The scale of the block that holds an element.
     #[inline(always)]
-    fn factor(&self, relative: Relative, i: usize, kk: usize) -> f32 {
+    fn scale_byte(&self, i: usize, kk: usize) -> u8 {
         let (line, at) = self.place(i, kk);
-        let byte = self.scales[(line >> self.lines) * self.blocks + (at >> self.block)];
-        relative.factor(self.scale, byte, self.anchor(i))
+        self.scales[(line >> self.across) * self.blocks + (at >> self.block)]
     }
 
     #[inline(always)]
@@ -259,26 +261,63 @@ impl<'a> Packed<'a> {
         &self.codes[line * self.line_bytes..(line + 1) * self.line_bytes]
     }
 
-    /// The codes of at most [`CELL`] output indices and elements of k.
+    /// The lines of at most [`CELL`] output indices, if they have any.
     #[inline(always)]
-    fn cell(&self, is: Range<usize>, ks: Range<usize>, cell: &mut Cell) {
-        let bits = self.element.bits();
-        let (line, at) = self.place(is.start, ks.start);
+    fn lines(&self, is: Range<usize>) -> [&'a [u8]; CELL] {
+        let mut lines = [&[][..]; CELL];
+        if !self.transposed {
+            for (line, i) in lines.iter_mut().zip(is) {
+                *line = self.line(self.first + i);
+            }
+        }
+        lines
+    }
+
+    /// The codes of an output index for `depth` elements from `k` on, then zeros, out of what [`Packed::lines`] and
+    /// [`Packed::turn`] have prepared.
+    #[inline(always)]
+    fn codes(
+        &self,
+        lines: &[&[u8]; CELL],
+        turned: &Cell,
+        lane: usize,
+        k: usize,
+        depth: usize,
+    ) -> [u8; CELL] {
         if self.transposed {
-            let mut across = Cell::default();
-            for (j, codes) in across[..ks.len()].iter_mut().enumerate() {
-                *codes = unpack_run(bits, self.line(line + j), at, is.len());
+            return turned[lane];
+        }
+        unpack_run(self.element.bits(), lines[lane], self.first_k + k, depth)
+    }
+
+    /// The codes of at most [`CELL`] output indices and elements of k, if they lie across the lines.
+    #[inline(always)]
+    fn turn(&self, is: Range<usize>, ks: Range<usize>, turned: &mut Cell) {
+        if !self.transposed {
+            return;
+        }
+        let (line, at) = self.place(is.start, ks.start);
+        let mut across = Cell::default();
+        for (j, codes) in across[..ks.len()].iter_mut().enumerate() {
+            *codes = unpack_run(self.element.bits(), self.line(line + j), at, is.len());
+        }
+        for (i, codes) in turned.iter_mut().enumerate() {
+            for (code, across) in codes.iter_mut().zip(&across) {
+                *code = across[i];
             }
-            for (i, codes) in cell.iter_mut().enumerate() {
-                for (code, across) in codes.iter_mut().zip(&across) {
-                    *code = across[i];
-                }
-            }
-        } else {
-            for (i, codes) in cell[..is.len()].iter_mut().enumerate() {
-                *codes = unpack_run(bits, self.line(line + i), at, ks.len());
-            }
-            cell[is.len()..].fill([0; CELL]);
+        }
+    }
+}
+
+/// `N` bytes of a packed line, zeros behind its end.
+#[inline(always)]
+fn bytes<const N: usize>(line: &[u8], start: usize) -> [u8; N] {
+    match line[start..].first_chunk() {
+        Some(bytes) => *bytes,
+        None => {
+            let mut bytes = [0; N];
+            bytes[..line.len() - start].copy_from_slice(&line[start..]);
+            bytes
         }
     }
 }
@@ -287,41 +326,45 @@ impl<'a> Packed<'a> {
 #[inline(always)]
 fn unpack_run(bits: u32, line: &[u8], at: usize, count: usize) -> [u8; CELL] {
     let mut codes = [0; CELL];
-    if at % 4 != 0 {
+    if at.is_multiple_of(4) {
+        codes = unpack_whole(bits, line, at);
+        codes[count..].fill(0);
+    } else {
         for (i, code) in codes[..count].iter_mut().enumerate() {
             *code = unpack(bits, line, at + i);
         }
-        return codes;
-    }
-    // Four codes are whole bytes in every format.
-    let (start, bytes) = (at * bits as usize / 8, CELL * bits as usize / 8);
-    let mut packed = [0; CELL];
-    match line.get(start..start + bytes) {
-        Some(line) => packed[..bytes].copy_from_slice(line),
-        None => packed[..line.len() - start].copy_from_slice(&line[start..]),
-    }
-    match bits {
-        4 => {
-            for (codes, byte) in codes.chunks_exact_mut(2).zip(packed) {
-                codes[0] = byte & 0xf;
-                codes[1] = byte >> 4;
-            }
-        }
-        6 => {
-            for (codes, bytes) in codes.chunks_exact_mut(4).zip(packed.chunks_exact(3)) {
-                let x = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], 0]);
-                let spread = [x, x << 2, x << 4, x << 6];
-                for i in 0..4 {
-                    codes[i] = (spread[i] >> (8 * i)) as u8 & 0x3f;
-                }
-            }
-        }
-        _ => codes = packed,
-    }
-    if count < CELL {
-        codes[count..].fill(0);
     }
     codes
+}
+
+/// The codes of a packed line from position `at` on, which is a multiple of four: whole bytes in every format.
+#[inline(always)]
+fn unpack_whole(bits: u32, line: &[u8], at: usize) -> [u8; CELL] {
+    match bits {
+        4 => {
+            let packed: [u8; CELL / 2] = bytes(line, at / 2);
+            let packed: [u32; CELL / 8] = bytemuck::cast(packed);
+            // Eight nibbles at a time, which vectors can do: halves go apart, then their halves, then theirs.
+            bytemuck::cast(packed.map(|x| {
+                let x = u64::from(u32::from_le(x));
+                let x = (x | x << 16) & 0x0000_ffff_0000_ffff;
+                let x = (x | x << 8) & 0x00ff_00ff_00ff_00ff;
+                ((x | x << 4) & 0x0f0f_0f0f_0f0f_0f0f).to_le()
+            }))
+        }
+        6 => {
+            let packed: [u8; CELL / 4 * 3] = bytes(line, at / 4 * 3);
+            let mut codes = [0u32; CELL / 4];
+            for (codes, bytes) in codes.iter_mut().zip(packed.chunks_exact(3)) {
+                let x = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], 0]);
+                let x =
+                    (x & 0x3f) | (x << 2 & 0x3f00) | (x << 4 & 0x3f_0000) | x << 6 & 0x3f00_0000;
+                *codes = x.to_le();
+            }
+            bytemuck::cast(codes)
+        }
+        _ => bytes(line, at),
+    }
 }
 
 /// How a tier scales blocks relative to the anchor: 2^(e − anchor + `bias`), zero below 2^`least`.
@@ -493,7 +536,8 @@ impl<const W: usize> IntegerPanel<W> {
         }
     }
 
-    /// Decodes `from`. To its integers `offset` is added; `other` is the other operand's offset.
+    /// Decodes `from`. To its integers `offset` is added; `other` is the other operand's offset. What the last strip lacks
+    /// is any finite number: nobody reads its sums.
     fn load(
         &mut self,
         from: &Packed<'_>,
@@ -561,63 +605,153 @@ impl<const W: usize> IntegerPanel<W> {
         offset: i32,
         other: i32,
     ) {
-        let mut cell = Cell::default();
+        self.load_factors(&from, is, &ks, segment);
+        let mut turned = Cell::default();
         for i in is.clone().step_by(CELL) {
             let len = CELL.min(is.end - i);
+            let lines = from.lines(i..i + len);
             for k in ks.clone().step_by(CELL) {
                 let depth = CELL.min(ks.end - k);
-                from.cell(i..i + len, k..k + depth, &mut cell);
-                let (word, at) = ((k - ks.start) / 4, (k - ks.start) >> segment.ilog2());
-                // Whole strips: what the last lacks is zero.
-                for (strip, codes) in cell.chunks_exact(W).take(len.div_ceil(W)).enumerate() {
-                    let lanes = W.min(len - strip * W);
-                    let first = i + strip * W;
-                    let strip = (i - is.start) / W + strip;
-                    let mut low = [[0; CELL / 4]; W];
-                    let mut high = [[0; CELL / 4]; W];
-                    for lane in 0..W {
-                        let mut integers = [0; CELL];
-                        for (x, code) in integers.iter_mut().zip(&codes[lane]) {
-                            *x = integer(from.element, *code);
+                from.turn(i..i + len, k..k + depth, &mut turned);
+                for first in (0..len).step_by(W) {
+                    let mut lanes = [[0; CELL / 4]; W];
+                    let filled = lanes.iter_mut().enumerate().take(len - first);
+                    if from.transposed || depth < CELL {
+                        for (lane, words) in filled {
+                            let codes = from.codes(&lines, &turned, first + lane, k, depth);
+                            *words = raised(from.element, codes, offset);
                         }
-                        let mut digits = integers.map(|x| (x as u8).wrapping_add(offset as u8));
-                        if self.digits == 2 {
-                            high[lane] = bytemuck::cast(digits.map(|x| x >> 4));
-                            digits = digits.map(|x| x & 0xf);
-                        }
-                        low[lane] = bytemuck::cast(digits);
-                        for (s, integers) in integers[..depth].chunks(segment).enumerate() {
-                            let to = strip * SEGMENTS + at + s;
-                            self.factors[to][lane] = if lane < lanes {
-                                from.factor(Self::SCALES, first + lane, k + s * segment)
-                            } else {
-                                0.0
-                            };
-                            if other != 0 {
-                                let sum: i32 = integers.iter().map(|x| i32::from(*x)).sum();
-                                self.surplus[to][lane] = other * sum;
-                            }
+                    } else {
+                        // The same without a choice in the loop.
+                        for (lane, words) in filled {
+                            let codes = unpack_whole(from.element.bits(), lines[first + lane], k);
+                            *words = raised(from.element, codes, offset);
                         }
                     }
-                    let words = &mut self.words[strip * self.digits * WORDS + word..];
-                    transpose(&low, words);
+                    let strip = (i - is.start + first) / W;
+                    let word = strip * self.digits * WORDS + (k - ks.start) / 4;
                     if self.digits == 2 {
-                        transpose(&high, &mut words[WORDS..]);
+                        let high = lanes.map(|words| words.map(|x| x >> 4 & 0x0f0f_0f0f));
+                        transpose(&high, &mut self.words[word + WORDS..]);
+                        lanes = lanes.map(|words| words.map(|x| x & 0x0f0f_0f0f));
+                    }
+                    transpose(&lanes, &mut self.words[word..]);
+                    if other != 0 {
+                        let words = self.words[word..][..CELL / 4].chunks_exact(segment / 4);
+                        let at = strip * SEGMENTS + ((k - ks.start) >> segment.ilog2());
+                        for (words, to) in words.zip(&mut self.surplus[at..]) {
+                            *to = sums_of_bytes(words).map(|sum| other * sum);
+                        }
                     }
                 }
             }
         }
     }
+
+    #[inline(always)]
+    fn load_factors(
+        &mut self,
+        from: &Packed<'_>,
+        is: &Range<usize>,
+        ks: &Range<usize>,
+        segment: usize,
+    ) {
+        for i in is.clone() {
+            let (strip, lane) = ((i - is.start) / W, (i - is.start) % W);
+            let to = &mut self.factors[strip * SEGMENTS..][..SEGMENTS];
+            let anchor = from.anchor(i);
+            // The bytes along k from its block 0 on.
+            let (step, first) = if from.transposed {
+                (from.blocks, (from.first + i) >> from.block)
+            } else {
+                (1, ((from.first + i) >> from.across) * from.blocks)
+            };
+            let k = from.first_k + ks.start;
+            for (j, to) in to[..ks.len().div_ceil(segment)].iter_mut().enumerate() {
+                let byte = from.scales[first + ((k + j * segment) >> from.block) * step];
+                to[lane] = Self::SCALES.factor(from.scale, byte, anchor);
+            }
+        }
+    }
+}
+
+/// The integers of codes plus an offset, in words.
+#[inline(always)]
+fn raised(element: Element, codes: [u8; CELL], offset: i32) -> [u32; CELL / 4] {
+    let mut bytes = [0; CELL];
+    for (byte, code) in bytes.iter_mut().zip(codes) {
+        *byte = (integer(element, code) as u8).wrapping_add(offset as u8);
+    }
+    bytemuck::cast(bytes)
 }
 
 /// The words of `W` output indices, a word of each at a time.
 #[inline(always)]
-fn transpose<const W: usize>(lanes: &[[u32; CELL / 4]; W], words: &mut [[u32; W]]) {
-    for (q, words) in words[..CELL / 4].iter_mut().enumerate() {
+fn transpose<const W: usize>(lanes: &[[u32; 8]; W], words: &mut [[u32; W]]) {
+    let words = &mut words[..8];
+    #[cfg(target_arch = "x86_64")]
+    if W.is_multiple_of(8) && has_avx2() {
+        for (i, lanes) in lanes.chunks_exact(8).enumerate() {
+            // SAFETY: the processor has AVX2, as just checked.
+            let columns = unsafe { transpose_avx2(lanes) };
+            for (words, column) in words.iter_mut().zip(columns) {
+                words[8 * i..8 * i + 8].copy_from_slice(&column);
+            }
+        }
+        return;
+    }
+    for (q, words) in words.iter_mut().enumerate() {
         for lane in 0..W {
             words[lane] = lanes[lane][q];
         }
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn transpose_avx2(lanes: &[[u32; 8]]) -> [[u32; 8]; 8] {
+    use std::arch::x86_64::*;
+    let mut x = [_mm256_setzero_si256(); 8];
+    for (x, lane) in x.iter_mut().zip(lanes) {
+        *x = bytemuck::cast(*lane);
+    }
+    // Pairs of lanes, pairs of pairs, and both halves: the words 0 … 3 are in the low half, 4 … 7 in the high one.
+    let mut pairs = x;
+    for i in [0, 2, 4, 6] {
+        pairs[i] = _mm256_unpacklo_epi32(x[i], x[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    let mut fours = x;
+    for i in [0, 4] {
+        for j in [0, 1] {
+            fours[i + 2 * j] = _mm256_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
+            fours[i + 2 * j + 1] = _mm256_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
+        }
+    }
+    for i in 0..4 {
+        x[i] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x20);
+        x[i + 4] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x31);
+    }
+    bytemuck::cast(x)
+}
+
+/// For each lane the sum of its signed bytes.
+#[inline(always)]
+fn sums_of_bytes<const W: usize>(words: &[[u32; W]]) -> [i32; W] {
+    // Two sums of bytes + 128 a word.
+    let mut pairs = [0u32; W];
+    for word in words {
+        for lane in 0..W {
+            let x = word[lane] ^ 0x8080_8080;
+            pairs[lane] += (x & 0x00ff_00ff) + (x >> 8 & 0x00ff_00ff);
+        }
+    }
+    let mut sums = [0; W];
+    for lane in 0..W {
+        let sum = (pairs[lane] & 0xffff) + (pairs[lane] >> 16);
+        sums[lane] = sum as i32 - 128 * 4 * words.len() as i32;
+    }
+    sums
 }
 
 /// Adds the products of two strips, a segment of `quads` words after the other. Any processor.
@@ -656,12 +790,9 @@ fn dot_avx2<const QUADS: usize, const DIGITS: usize>(
     const VECTORS: usize = COLS / 8;
 
     /// A vector of a row of lanes.
-    #[target_feature(enable = "avx2")]
+    #[inline(always)]
     fn load<T: bytemuck::Pod>(lanes: &[T; COLS], vector: usize) -> __m256i {
-        let lanes: &[T; 8] = lanes[8 * vector..].first_chunk().expect("COLS is whole vectors");
-        const { assert!(size_of::<T>() == 4) };
-        // SAFETY: `lanes` are 32 bytes, and the load needs no alignment.
-        unsafe { _mm256_loadu_si256(lanes.as_ptr().cast()) }
+        bytemuck::pod_read_unaligned(bytemuck::cast_slice(&lanes[8 * vector..8 * vector + 8]))
     }
 
     let mut totals = [[_mm256_setzero_ps(); VECTORS]; ROWS];
@@ -706,8 +837,7 @@ fn dot_avx2<const QUADS: usize, const DIGITS: usize>(
     }
     for (totals, sums) in totals.iter().zip(sums) {
         for (v, total) in totals.iter().enumerate() {
-            // SAFETY: the vector's eight lanes lie within the row, and the store needs no alignment.
-            unsafe { _mm256_storeu_ps(sums[8 * v..8 * v + 8].as_mut_ptr(), *total) };
+            sums[8 * v..8 * v + 8].copy_from_slice(&bytemuck::cast::<_, [f32; 8]>(*total));
         }
     }
 }
@@ -777,13 +907,15 @@ fn load_packed<const W: usize>(
     is: &Range<usize>,
     ks: Range<usize>,
 ) {
-    let mut cell = Cell::default();
+    let mut turned = Cell::default();
     for i in is.clone().step_by(CELL) {
         let len = CELL.min(is.end - i);
+        let lines = from.lines(i..i + len);
         for k in ks.clone().step_by(CELL) {
             let depth = CELL.min(ks.end - k);
-            from.cell(i..i + len, k..k + depth, &mut cell);
-            for (lane, codes) in cell[..len].iter().enumerate() {
+            from.turn(i..i + len, k..k + depth, &mut turned);
+            for lane in 0..len {
+                let codes = from.codes(&lines, &turned, lane, k, depth);
                 let (strip, at) = ((i - is.start + lane) / W, lane % W);
                 let to = &mut to[strip * Alu::DEPTH + k - ks.start..][..depth];
                 let mut j = 0;
@@ -791,7 +923,8 @@ fn load_packed<const W: usize>(
                     // Up to the end of the block.
                     let block = 1 << from.block;
                     let end = depth.min(j + block - (from.first_k + k + j) % block);
-                    let factor = from.factor(Alu::SCALES, i + lane, k + j);
+                    let byte = from.scale_byte(i + lane, k + j);
+                    let factor = Alu::SCALES.factor(from.scale, byte, from.anchor(i + lane));
                     for (to, code) in to[j..end].iter_mut().zip(&codes[j..end]) {
                         let value = values[usize::from(*code)];
                         // Infinity and NaN stay what they are even under a scale of 0.
@@ -1013,7 +1146,7 @@ mod tests {
             let anchor = |scales: &mut dyn Iterator<Item = u8>| match spec.scale {
                 ScaleFormat::E8M0 => scales.max().map_or(0, u32::from),
                 ScaleFormat::E4M3 => {
-                    if scales.fold(false, |nan, s| nan || s & 0x7f == 0x7f) {
+                    if scales.map(|s| s & 0x7f).max() == Some(0x7f) {
                         255
                     } else {
                         127

@@ -43,7 +43,10 @@ fn side<'a>(name: &str, input: Input<'a>, transposed: bool) -> Result<Side<'a>> 
     let chunks: Vec<Chunk<'_>> = rows.chunks().collect();
     if transposed && chunks.len() > 1 {
         return Err(Error::TooLarge {
-            what: format!("{name}, contracted over its lines, which lie in {} bindings:", chunks.len()),
+            what: format!(
+                "{name}, contracted over its lines, which lie in {} bindings:",
+                chunks.len()
+            ),
             bytes: rows.bytes() as u64,
             limit: (rows.chunk_rows * rows.row_bytes) as u64,
         });
@@ -113,7 +116,12 @@ pub(super) fn record(
     let (y_pitch, y_cols, y_blocks) = match &y {
         Target::Dense(t) => {
             for chunk in t.data.chunks() {
-                ys.push(Piece { first: chunk.first, len: chunk.rows, local: 0, buffers: vec![chunk.buffer] });
+                ys.push(Piece {
+                    first: chunk.first,
+                    len: chunk.rows,
+                    local: 0,
+                    buffers: vec![chunk.buffer],
+                });
             }
             (n, n, 0)
         }
@@ -142,7 +150,9 @@ pub(super) fn record(
     let whole = sides.iter().all(|side| side.pieces.len() <= 1) && ys.len() <= 1;
     if !whole && desc.experts.is_some() {
         return Err(Error::TooLarge {
-            what: format!("a grouped product of m = {m}, n = {n}, k = {k}, {b_stack} experts: an operand"),
+            what: format!(
+                "a grouped product of m = {m}, n = {n}, k = {k}, {b_stack} experts: an operand"
+            ),
             bytes: gpu.max_binding + 1,
             limit: gpu.max_binding,
         });
@@ -159,7 +169,8 @@ pub(super) fn record(
             for bp in sides[1].within(range(desc.b.transposed, n, b_stack)) {
                 for yp in &ys {
                     // The rows of y that this piece of A makes.
-                    let a_rows = if desc.a.transposed { rows.clone() } else { ap.first..ap.first + ap.len };
+                    let a_rows =
+                        if desc.a.transposed { rows.clone() } else { ap.first..ap.first + ap.len };
                     let first = a_rows.start.max(yp.first);
                     let end = a_rows.end.min(yp.first + yp.len);
                     if first >= end {
@@ -172,7 +183,11 @@ pub(super) fn record(
                         m: dm,
                         n: dn,
                         batches,
-                        a: [ap.local + skip, ap.first + skip, if desc.a.transposed { round * k } else { 0 }],
+                        a: [
+                            ap.local + skip,
+                            ap.first + skip,
+                            if desc.a.transposed { round * k } else { 0 },
+                        ],
                         b: [bp.local, bp.first, if desc.b.transposed { round * k } else { 0 }],
                         y_row: first - yp.first,
                         y_global: first,
@@ -186,7 +201,13 @@ pub(super) fn record(
                     buffers.extend(&bp.buffers);
                     buffers.extend(&yp.buffers);
                     buffers.extend(&more);
-                    stream.dispatch(&variant.name(), || variant.kernel(), &params, &buffers, groups)?;
+                    stream.dispatch(
+                        &variant.name(),
+                        || variant.kernel(),
+                        &params,
+                        &buffers,
+                        groups,
+                    )?;
                 }
             }
         }
@@ -288,7 +309,7 @@ struct Variant {
     shape: Shape,
     a: Operand,
     b: Operand,
-    /// Whether an operand is loaded by `lib/loader_nibbles.wgsl`.
+    /// Whether an operand's codes are loaded 16 bytes at a time, see [`tier::wide`].
     nibbles: [bool; 2],
     segments: u32,
     out: Out,
@@ -299,18 +320,20 @@ struct Variant {
 #[derive(Clone, Copy, Debug)]
 enum Out {
     /// odd: rows end within words.
-    Dense { dtype: DType, odd: bool },
-    Mx { spec: MxSpec, stochastic: bool },
+    Dense {
+        dtype: DType,
+        odd: bool,
+    },
+    Mx {
+        spec: MxSpec,
+        stochastic: bool,
+    },
 }
 
 impl Variant {
     fn new(desc: &MatmulDesc, tier: Tier, shape: Shape) -> Variant {
-        let nibbles = [desc.a, desc.b].map(|operand| {
-            matches!(shape, Shape::Tensor { .. })
-                && desc.k.is_multiple_of(128)
-                && matches!(operand, Operand { values: Values::Mx(spec), transposed: false }
-                    if spec.element == Element::E2M1 && spec.block.len() >= 32)
-        });
+        let wide = matches!(shape, Shape::Tensor { .. } | Shape::Skinny { halves: true, .. });
+        let nibbles = [desc.a, desc.b].map(|operand| wide && tier::wide(&operand, desc.k));
         Variant {
             tier,
             shape,
@@ -342,9 +365,11 @@ impl Variant {
         };
         let shape = match self.shape {
             Shape::Tile { bm, bn, tm, tn } => format!("tile{bm}x{bn}.{tm}x{tn}"),
-            Shape::Skinny { m, rn } => format!("skinny{m}x{rn}"),
-            Shape::Tensor { subgroups: [sm, sn], fragments: [fm, fn_], side, by } => {
-                format!("{by:?}{side}.{sm}x{sn}.{fm}x{fn_}").to_lowercase()
+            Shape::Skinny { m, rn, halves } => {
+                format!("skinny{m}x{rn}{}", if halves { ".halves" } else { "" })
+            }
+            Shape::Tensor { subgroups: [sm, sn], fragments: [fm, fn_], slices, side, by } => {
+                format!("{by:?}{side}.{sm}x{sn}x{slices}.{fm}x{fn_}").to_lowercase()
             }
         };
         let out = match self.out {
@@ -366,7 +391,9 @@ impl Variant {
     /// The bindings after the parameters: names, types, and whether they are written.
     fn storage(&self) -> Vec<(String, &'static str, bool)> {
         let mut list = Vec::new();
-        for (name, operand, nibbles) in [("a", self.a, self.nibbles[0]), ("b", self.b, self.nibbles[1])] {
+        for (name, operand, nibbles) in
+            [("a", self.a, self.nibbles[0]), ("b", self.b, self.nibbles[1])]
+        {
             let codes = if nibbles { "array<vec4<u32>>" } else { "array<u32>" };
             list.push((format!("{name}_codes"), codes, false));
             if let Values::Mx(_) = operand.values {
@@ -376,7 +403,11 @@ impl Variant {
         }
         match self.out {
             Out::Dense { odd, .. } => {
-                list.push(("y".into(), if odd { "array<atomic<u32>>" } else { "array<u32>" }, true));
+                list.push((
+                    "y".into(),
+                    if odd { "array<atomic<u32>>" } else { "array<u32>" },
+                    true,
+                ));
             }
             Out::Mx { .. } => {
                 list.push(("codes".into(), "array<CodesWord>", true));
@@ -399,9 +430,14 @@ impl Variant {
         [Binding::Params].into_iter().chain(storage).collect()
     }
 
+    /// Positions of k that `shaders/matmul.wgsl` stages at a time.
+    fn stage(&self) -> u32 {
+        if self.tier == Tier::Exact { 32 } else { 16 }
+    }
+
     fn workgroup(&self) -> u32 {
         match self.shape {
-            Shape::Tensor { subgroups: [m, n], .. } => 32 * m * n,
+            Shape::Tensor { subgroups: [m, n], slices, .. } => 32 * m * n * slices,
             _ => WORKGROUP,
         }
     }
@@ -409,18 +445,27 @@ impl Variant {
     fn kernel(&self) -> Kernel {
         let tensor = matches!(self.shape, Shape::Tensor { .. });
         let mut source = Source::new();
-        if tensor {
-            source = source.line("enable f16;");
-        }
         let (mut features, mut spirv) = (wgpu::Features::empty(), false);
-        if tensor {
+        let halves = matches!(self.shape, Shape::Skinny { halves: true, .. });
+        if tensor || halves {
+            source = source.line("enable f16;");
             features |= wgpu::Features::SHADER_F16;
         }
-        if let Shape::Tensor { side, by: by @ (Fragments::Spirv | Fragments::Wgsl), .. } = self.shape {
+        if halves {
+            // The bits of f16 are taken as they are.
+            spirv = true;
+            features |= wgpu::Features::PASSTHROUGH_SHADERS;
+        }
+        if let Shape::Tensor { side, by: by @ (Fragments::Spirv | Fragments::Wgsl), .. } =
+            self.shape
+        {
             features |= wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
             source = source.line("enable wgpu_cooperative_matrix;");
-            for (name, scalar) in [("A", "f16"), ("B", "f16"), ("C", "f32")] {
-                source = source.line(&format!("alias Mat{name} = coop_mat{side}x{side}<{scalar}, {name}>;"));
+            // naga says a matrix loaded from f32 memory is of f32; src/engine/spirv.rs says otherwise.
+            let loaded = if by == Fragments::Spirv { "f32" } else { "f16" };
+            for (name, scalar) in [("A", loaded), ("B", loaded), ("C", "f32")] {
+                source = source
+                    .line(&format!("alias Mat{name} = coop_mat{side}x{side}<{scalar}, {name}>;"));
             }
             if by == Fragments::Spirv {
                 spirv = true;
@@ -436,22 +481,33 @@ impl Variant {
                     .constant("BN", bn)
                     .constant("TM", tm)
                     .constant("TN", tn)
+                    .constant("UNITS", (bm + bn) * self.stage() / 8 / WORKGROUP)
                     .constant("STRIP_ROWS", if square { 32 } else { 16 })
             }
-            Shape::Skinny { m, rn } => source.constant("M", m).constant("RN", rn),
-            Shape::Tensor { subgroups, fragments, side, .. } => source
+            Shape::Skinny { m, rn, .. } => source
+                .constant("M", m)
+                .constant("RN", rn)
+                .constant("PASSES", rn / (WORKGROUP / 32))
+                .constant("WORDS", if halves { 16 } else { 8 }),
+            Shape::Tensor { subgroups, fragments, slices, side, .. } => source
+                .constant("SLICES", slices)
                 .constant("SUBGROUPS_M", subgroups[0])
                 .constant("SUBGROUPS_N", subgroups[1])
                 .constant("FM", fragments[0])
                 .constant("FN", fragments[1])
-                .constant("FRAGMENT", side),
+                .constant("FRAGMENT", side)
+                .constant("A_UNITS", self.shape.outputs()[0] / (self.workgroup() / slices / 4))
+                .constant("B_UNITS", self.shape.outputs()[1] / (self.workgroup() / slices / 4)),
         };
         let same = |a: Operand, b: Operand| match (a.values, b.values) {
-            (Values::Mx(a), Values::Mx(b)) => a.element == Element::E2M1 && b.element == Element::E2M1,
+            (Values::Mx(a), Values::Mx(b)) => {
+                a.element == Element::E2M1 && b.element == Element::E2M1
+            }
             _ => false,
         };
         source = source
             .constant("SEGMENTS", self.segments)
+            .constant("STAGE", self.stage())
             .flag("NIBBLES", same(self.a, self.b))
             .flag("PAIRS", self.nibbles == [true, true])
             .flag("BIAS", self.bias)
@@ -468,15 +524,20 @@ impl Variant {
         source = source.line("@group(0) @binding(0) var<uniform> p: Params;");
         for (binding, (name, ty, write)) in (1..).zip(self.storage()) {
             let access = if write { "read_write" } else { "read" };
-            source = source
-                .line(&format!("@group(0) @binding({binding}) var<storage, {access}> {name}: {ty};"));
+            source = source.line(&format!(
+                "@group(0) @binding({binding}) var<storage, {access}> {name}: {ty};"
+            ));
         }
         source = source.fragment(shader!("lib/matmul_params.wgsl"));
         source = match self.out {
             Out::Dense { odd, .. } => source
                 .fragment(shader!("lib/float.wgsl"))
                 .fragment(shader!("lib/narrow.wgsl"))
-                .fragment(if odd { shader!("lib/y_atomic.wgsl") } else { shader!("lib/y_plain.wgsl") }),
+                .fragment(if odd {
+                    shader!("lib/y_atomic.wgsl")
+                } else {
+                    shader!("lib/y_plain.wgsl")
+                }),
             Out::Mx { spec, stochastic } => codec(source, spec)
                 .fragment(if stochastic {
                     shader!("lib/round_stochastic.wgsl")
@@ -493,8 +554,10 @@ impl Variant {
                 })
                 .fragment(shader!("lib/encode.wgsl")),
         };
-        if tensor {
-            source = source.fragment(shader!("lib/halves.wgsl"));
+        if tensor || halves {
+            source = source
+                .fragment(shader!("lib/halves.wgsl"))
+                .fragment(shader!("lib/nibble_pair.wgsl"));
         }
         for (name, operand, nibbles) in
             [('a', self.a, self.nibbles[0]), ('b', self.b, self.nibbles[1])]
@@ -507,13 +570,20 @@ impl Variant {
                 source = source.operand(name, shader!("lib/operand_codes.wgsl"));
             }
             source = match (operand.values, tensor, self.tier) {
-                (Values::Dense(_), true, _) => source.operand(name, shader!("lib/operand_f16.wgsl")),
+                (Values::Dense(_), true, _) => {
+                    source.operand(name, shader!("lib/operand_f16.wgsl"))
+                }
                 (Values::Dense(_), false, _) => source,
-                (Values::Mx(_), true, _) => source.operand(name, shader!("lib/operand_halves.wgsl")),
+                (Values::Mx(_), true, _) => {
+                    source.operand(name, shader!("lib/operand_halves.wgsl"))
+                }
+                (Values::Mx(_), false, Tier::Exact) if nibbles => source,
                 (Values::Mx(_), false, Tier::Exact) => {
                     source.operand(name, shader!("lib/operand_ints.wgsl"))
                 }
-                (Values::Mx(_), false, _) => source.operand(name, shader!("lib/operand_values.wgsl")),
+                (Values::Mx(_), false, _) => {
+                    source.operand(name, shader!("lib/operand_values.wgsl"))
+                }
             };
             if tensor {
                 if matches!(operand.values, Values::Mx(_)) && !nibbles {
@@ -530,8 +600,16 @@ impl Variant {
             }
         }
         source = source
-            .fragment(if self.grouped { shader!("lib/grouped.wgsl") } else { shader!("lib/ungrouped.wgsl") })
-            .fragment(if self.bias { shader!("lib/bias.wgsl") } else { shader!("lib/bias_none.wgsl") })
+            .fragment(if self.grouped {
+                shader!("lib/grouped.wgsl")
+            } else {
+                shader!("lib/ungrouped.wgsl")
+            })
+            .fragment(if self.bias {
+                shader!("lib/bias.wgsl")
+            } else {
+                shader!("lib/bias_none.wgsl")
+            })
             .fragment(shader!("lib/finish.wgsl"))
             .fragment(match self.out {
                 Out::Dense { .. } => shader!("lib/output_dense.wgsl"),
@@ -544,8 +622,12 @@ impl Variant {
             (Shape::Tile { .. }, _) => {
                 source.fragment(shader!("lib/dots_alu.wgsl")).fragment(shader!("matmul.wgsl"))
             }
-            (Shape::Skinny { .. }, Tier::Exact) => source
-                .fragment(shader!("lib/terms_exact.wgsl"))
+            (Shape::Skinny { halves, .. }, Tier::Exact) => source
+                .fragment(if halves {
+                    shader!("lib/terms_halves.wgsl")
+                } else {
+                    shader!("lib/terms_exact.wgsl")
+                })
                 .fragment(shader!("matmul_skinny.wgsl")),
             (Shape::Skinny { .. }, _) => source
                 .fragment(shader!("lib/terms_alu.wgsl"))
@@ -574,16 +656,14 @@ fn operand_constants(source: Source, name: char, operand: Operand) -> Source {
     let named = |what: &str| format!("{prefix}_{what}");
     let source = source.flag(&named("TRANSPOSED"), operand.transposed);
     match operand.values {
-        Values::Dense(dtype) => source
-            .flag(&named("SCALE_E4M3"), false)
-            .constant(
-                &named("TYPE"),
-                match dtype {
-                    DType::F32 => 0,
-                    DType::F16 => 1,
-                    DType::BF16 => 2,
-                },
-            ),
+        Values::Dense(dtype) => source.flag(&named("SCALE_E4M3"), false).constant(
+            &named("TYPE"),
+            match dtype {
+                DType::F32 => 0,
+                DType::F16 => 1,
+                DType::BF16 => 2,
+            },
+        ),
         Values::Mx(spec) => {
             let element = spec.element;
             // Where f16's exponent stands when it holds the element's.
@@ -610,40 +690,55 @@ fn operand_constants(source: Source, name: char, operand: Operand) -> Source {
 /// every shape.
 pub fn kernels() -> Vec<Kernel> {
     let mx = |element, scale, block| Values::Mx(MxSpec { element, scale, block });
-    let mut values: Vec<Values> = Element::ALL
-        .map(|element| mx(element, ScaleFormat::E8M0, Block::Vector(32)))
-        .into();
+    let mut values: Vec<Values> =
+        Element::ALL.map(|element| mx(element, ScaleFormat::E8M0, Block::Vector(32))).into();
     values.push(mx(Element::E2M1, ScaleFormat::E4M3, Block::Vector(16)));
     values.push(mx(Element::E2M1, ScaleFormat::E8M0, Block::Square(32)));
     values.push(mx(Element::E2M3, ScaleFormat::E8M0, Block::Square(16)));
     values.extend(DType::ALL.map(Values::Dense));
-    let integers = |values: Values| {
-        matches!(values, Values::Mx(spec) if matches!(spec.element, Element::E2M1 | Element::E2M3 | Element::Int8))
+    let integers = |values: Values| matches!(values, Values::Mx(spec) if matches!(spec.element, Element::E2M1 | Element::E2M3 | Element::Int8));
+    let by = |by| Shape::Tensor { subgroups: [2, 2], fragments: [4, 4], slices: 1, side: 16, by };
+    let small = |side, by| Shape::Tensor {
+        subgroups: [2, 2],
+        fragments: [32 / side, 32 / side],
+        slices: 1,
+        side,
+        by,
     };
-    let by = |by| Shape::Tensor { subgroups: [2, 2], fragments: [4, 4], side: 16, by };
-    let small = |side, by| Shape::Tensor { subgroups: [2, 2], fragments: [32 / side, 32 / side], side, by };
+    let sliced = |subgroups, fragments, slices| Shape::Tensor {
+        subgroups,
+        fragments,
+        slices,
+        side: 16,
+        by: Fragments::Spirv,
+    };
     let shapes = [
-        (Tier::Exact, Shape::Tile { bm: 128, bn: 128, tm: 8, tn: 8 }),
+        (Tier::Exact, Shape::Tile { bm: 128, bn: 64, tm: 8, tn: 4 }),
         (Tier::Exact, Shape::Tile { bm: 64, bn: 64, tm: 4, tn: 4 }),
-        (Tier::Exact, Shape::Skinny { m: 1, rn: 32 }),
-        (Tier::Exact, Shape::Skinny { m: 4, rn: 8 }),
+        (Tier::Exact, Shape::Skinny { m: 1, rn: 32, halves: false }),
+        (Tier::Exact, Shape::Skinny { m: 4, rn: 8, halves: false }),
+        (Tier::Exact, Shape::Skinny { m: 1, rn: 32, halves: true }),
+        (Tier::Exact, Shape::Skinny { m: 4, rn: 16, halves: true }),
         (Tier::Alu, Shape::Tile { bm: 64, bn: 64, tm: 4, tn: 4 }),
-        (Tier::Alu, Shape::Skinny { m: 1, rn: 32 }),
-        (Tier::Alu, Shape::Skinny { m: 2, rn: 16 }),
+        (Tier::Alu, Shape::Skinny { m: 1, rn: 32, halves: false }),
+        (Tier::Alu, Shape::Skinny { m: 2, rn: 16, halves: false }),
         (Tier::Tensor, by(Fragments::Spirv)),
         (Tier::Tensor, by(Fragments::Emulated)),
         (Tier::Tensor, small(16, Fragments::Wgsl)),
         (Tier::Tensor, small(8, Fragments::Wgsl)),
-        (Tier::Tensor, Shape::Tensor { subgroups: [1, 2], fragments: [1, 2], side: 16, by: Fragments::Spirv }),
+        (Tier::Tensor, sliced([2, 2], [4, 4], 2)),
+        (Tier::Tensor, sliced([2, 2], [2, 2], 2)),
+        (Tier::Tensor, sliced([1, 2], [1, 2], 4)),
     ];
     let mut variants = Vec::new();
     for (tier, shape) in shapes {
         let tensor = tier == Tier::Tensor;
+        let halves = matches!(shape, Shape::Skinny { halves: true, .. });
+        let nibbles = |v: Values| matches!(v, Values::Mx(s) if s.element == Element::E2M1 && s.block.len() >= 32);
         let takes = |values: Values| match tier {
+            Tier::Exact if halves => nibbles(values),
             Tier::Exact => integers(values),
-            Tier::Tensor => {
-                !matches!(values, Values::Dense(DType::F32 | DType::BF16))
-            }
+            Tier::Tensor => !matches!(values, Values::Dense(DType::F32 | DType::BF16)),
             _ => true,
         };
         let plain = |a: Values, b: Values| Variant {
@@ -651,10 +746,11 @@ pub fn kernels() -> Vec<Kernel> {
             shape,
             a: Operand { values: a, transposed: false },
             b: Operand { values: b, transposed: false },
-            nibbles: [a, b].map(|v| {
-                tensor && matches!(v, Values::Mx(s) if s.element == Element::E2M1 && s.block.len() >= 32)
-            }),
-            segments: match (tier, [a, b].iter().any(|v| matches!(v, Values::Mx(s) if s.block.len() < 32))) {
+            nibbles: [a, b].map(|v| (tensor || halves) && nibbles(v)),
+            segments: match (
+                tier,
+                [a, b].iter().any(|v| matches!(v, Values::Mx(s) if s.block.len() < 32)),
+            ) {
                 (Tier::Exact, true) => 2,
                 _ => 1,
             },
@@ -669,7 +765,7 @@ pub fn kernels() -> Vec<Kernel> {
             }
             if matches!(a, Values::Dense(_)) || matches!(a, Values::Mx(s) if s.block.lines() > 1) {
                 let mut variant = plain(mxfp4, a);
-                if takes(mxfp4) {
+                if takes(mxfp4) && !halves {
                     variant.nibbles[1] = false;
                     variant.b.transposed = true;
                     variants.push(variant);
@@ -679,18 +775,22 @@ pub fn kernels() -> Vec<Kernel> {
         for (bias, grouped) in [(true, false), (false, true), (true, true)] {
             variants.push(Variant { bias, grouped, ..plain(mxfp4, mxfp4) });
         }
-        for (dtype, odd) in [(DType::F16, false), (DType::F16, true), (DType::BF16, false), (DType::BF16, true)] {
+        for (dtype, odd) in
+            [(DType::F16, false), (DType::F16, true), (DType::BF16, false), (DType::BF16, true)]
+        {
             variants.push(Variant { out: Out::Dense { dtype, odd }, ..plain(mxfp4, mxfp4) });
         }
         let skinny = matches!(shape, Shape::Skinny { .. });
-        let packs = !skinny && shape.outputs()[1] >= 64 && !matches!(shape, Shape::Tensor { by: Fragments::Wgsl, .. });
+        let packs = !skinny
+            && shape.outputs()[1] >= 64
+            && !matches!(shape, Shape::Tensor { by: Fragments::Wgsl, .. });
         for spec in crate::kernels::all_specs() {
             for stochastic in [false, true] {
                 let square = spec.block.lines() > 1;
                 let shape = match shape {
                     Shape::Tile { .. } if square => Shape::Tile { bm: 64, bn: 64, tm: 4, tn: 4 },
                     Shape::Tile { .. } => Shape::Tile { bm: 64, bn: 128, tm: 4, tn: 8 },
-                    Shape::Tensor { subgroups: [2, 2], fragments: [4, 4], .. } => shape,
+                    Shape::Tensor { subgroups: [2, 2], fragments: [4, 4], slices: 1, .. } => shape,
                     _ => continue,
                 };
                 if packs {

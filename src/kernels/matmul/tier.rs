@@ -1,6 +1,6 @@
 //! Which tier, and which tile.
 
-use super::{MatmulDesc, Output, Tier, Values};
+use super::{MatmulDesc, Operand, Output, Tier, Values};
 use crate::engine::buffer::DType;
 use crate::engine::gpu::Gpu;
 use crate::engine::{Context, Engine};
@@ -26,10 +26,10 @@ pub(super) enum Fragments {
 pub(super) enum Shape {
     /// `shaders/matmul.wgsl`: `bm × bn` outputs, `tm × tn` an invocation.
     Tile { bm: u32, bn: u32, tm: u32, tn: u32 },
-    /// `shaders/matmul_skinny.wgsl`: `m` rows of A, `rn` lines of B.
-    Skinny { m: u32, rn: u32 },
-    /// `shaders/matmul_tensor.wgsl`: subgroups and fragments down and across.
-    Tensor { subgroups: [u32; 2], fragments: [u32; 2], side: u32, by: Fragments },
+    /// `shaders/matmul_skinny.wgsl`: `m` rows of A, `rn` lines of B; by f16 where that is exact.
+    Skinny { m: u32, rn: u32, halves: bool },
+    /// `shaders/matmul_tensor.wgsl`: subgroups and fragments down and across, and slices of k.
+    Tensor { subgroups: [u32; 2], fragments: [u32; 2], slices: u32, side: u32, by: Fragments },
 }
 
 impl Shape {
@@ -37,7 +37,7 @@ impl Shape {
     pub(super) fn outputs(self) -> [u32; 2] {
         match self {
             Shape::Tile { bm, bn, .. } => [bm, bn],
-            Shape::Skinny { m, rn } => [m, rn],
+            Shape::Skinny { m, rn, .. } => [m, rn],
             Shape::Tensor { subgroups, fragments, side, .. } => {
                 [subgroups[0] * fragments[0] * side, subgroups[1] * fragments[1] * side]
             }
@@ -80,9 +80,10 @@ pub(super) fn choose(ctx: &Context, desc: &MatmulDesc) -> Result<(Tier, String)>
         (Some(_), Ok(()), _) if desc.m <= 2 => {
             (Tier::Exact, format!("m = {} is bound by memory, and codes are integers", desc.m))
         }
-        (Some(_), _, _) if desc.m <= 2 => {
-            (Tier::Alu, format!("m = {} is bound by memory; not the exact tier: {}", desc.m, no(&exact)))
-        }
+        (Some(_), _, _) if desc.m <= 2 => (
+            Tier::Alu,
+            format!("m = {} is bound by memory; not the exact tier: {}", desc.m, no(&exact)),
+        ),
         (Some(gpu), _, Ok(())) if !gpu.emulate_tensor => {
             (Tier::Tensor, "the device has cooperative matrices f16 to f32".into())
         }
@@ -116,7 +117,10 @@ fn exact(desc: &MatmulDesc) -> std::result::Result<(), [String; 2]> {
 }
 
 /// The tensor tier's fragments on this device for this problem, or what it needs and what is there instead.
-fn tensor(gpu: Option<&Gpu>, desc: &MatmulDesc) -> std::result::Result<(Fragments, u32), [String; 2]> {
+fn tensor(
+    gpu: Option<&Gpu>,
+    desc: &MatmulDesc,
+) -> std::result::Result<(Fragments, u32), [String; 2]> {
     let lack = |needs: &str, has: String| Err([needs.to_string(), has]);
     let Some(gpu) = gpu else {
         return lack("cooperative matrices", "the context is the CPU engine".into());
@@ -134,7 +138,10 @@ fn tensor(gpu: Option<&Gpu>, desc: &MatmulDesc) -> std::result::Result<(Fragment
         return Ok((Fragments::Emulated, 16));
     }
     if !features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
-        return lack("cooperative matrices", "the device offers none, or was opened without".into());
+        return lack(
+            "cooperative matrices",
+            "the device offers none, or was opened without".into(),
+        );
     }
     if gpu.caps.subgroups.is_none_or(|sizes| sizes != (32, 32)) {
         return lack("subgroups of 32", format!("the device's are {:?}", gpu.caps.subgroups));
@@ -171,37 +178,62 @@ pub(super) fn shape(gpu: &Gpu, desc: &MatmulDesc, tier: Tier) -> Shape {
     };
     if tier == Tier::Tensor {
         let (by, side) = tensor(Some(gpu), desc).unwrap_or((Fragments::Emulated, 16));
-        let large = square.is_some()
-            || rows.div_ceil(128) * desc.n.div_ceil(128) * desc.batch * desc.experts.unwrap_or(1) >= 100;
-        let (subgroups, fragments) = match (by, rows) {
-            (Fragments::Wgsl, _) if side == 8 => ([2, 2], [4, 4]),
-            (Fragments::Wgsl, _) => ([2, 2], [2, 2]),
-            (_, 0..=SKINNY) if square.is_none() => ([1, 2], [1, 2]),
-            _ if large => ([2, 2], [4, 4]),
-            _ => ([2, 2], [2, 2]),
+        let tiles =
+            rows.div_ceil(128) * desc.n.div_ceil(128) * desc.batch * desc.experts.unwrap_or(1);
+        let (subgroups, fragments, slices) = match (by, rows) {
+            (Fragments::Wgsl, _) if side == 8 => ([2, 2], [4, 4], 1),
+            (Fragments::Wgsl, _) => ([2, 2], [2, 2], 1),
+            (_, 0..=SKINNY) if square.is_none() => ([1, 2], [1, 2], 4),
+            _ if square.is_some() => ([2, 2], [4, 4], 1),
+            // As many subgroups as keep a large device busy, from k where there are few tiles.
+            _ if tiles >= 200 => ([2, 2], [4, 4], 1),
+            _ if tiles >= 100 => ([2, 2], [4, 4], 2),
+            _ => ([2, 2], [2, 2], 2),
         };
-        return Shape::Tensor { subgroups, fragments, side, by };
+        return Shape::Tensor { subgroups, fragments, slices, side, by };
     }
     if desc.experts.is_none() && square.is_none() && rows <= SKINNY {
-        let halves = segments(desc) == 2;
-        return match (tier, rows) {
-            (_, 0..=1) => Shape::Skinny { m: 1, rn: 32 },
-            (Tier::Exact, 2) if !halves => Shape::Skinny { m: 2, rn: 32 },
-            (_, 2) | (Tier::Alu, _) => Shape::Skinny { m: 2, rn: 16 },
-            (_, 3..=4) if halves => Shape::Skinny { m: 4, rn: 8 },
-            (_, 3..=4) => Shape::Skinny { m: 4, rn: 16 },
-            _ if halves => Shape::Skinny { m: 4, rn: 8 },
-            _ => Shape::Skinny { m: 8, rn: 8 },
+        let short = segments(desc) == 2;
+        let (m, rn) = match (tier, rows) {
+            (_, 0..=1) => (1, 32),
+            (Tier::Exact, 2) if !short => (2, 32),
+            (_, 2) | (Tier::Alu, _) => (2, 16),
+            (_, 3..=4) if !short => (4, 16),
+            _ if short => (4, 8),
+            _ => (8, 8),
         };
+        return Shape::Skinny { m, rn, halves: m <= 4 && tier == Tier::Exact && halves(gpu, desc) };
     }
     match square {
         Some(false) => Shape::Tile { bm: 64, bn: 128, tm: 4, tn: 8 },
         Some(true) => Shape::Tile { bm: 64, bn: 64, tm: 4, tn: 4 },
         None if tier == Tier::Exact && rows > 64 && desc.n > 64 && !gpu.caps.software => {
-            Shape::Tile { bm: 128, bn: 128, tm: 8, tn: 8 }
+            Shape::Tile { bm: 128, bn: 64, tm: 8, tn: 4 }
         }
         None => Shape::Tile { bm: 64, bn: 64, tm: 4, tn: 4 },
     }
+}
+
+/// Whether `lib/terms_halves.wgsl` applies: E2M1 under E8M0 on both sides, and f16 with subnormals, which NVIDIA's devices
+/// keep; with the emulation, for tests.
+fn halves(gpu: &Gpu, desc: &MatmulDesc) -> bool {
+    (gpu.caps.vendor == NVIDIA || gpu.emulate_tensor)
+        && gpu.caps.backend == "Vulkan"
+        && gpu
+            .device
+            .features()
+            .contains(wgpu::Features::SHADER_F16 | wgpu::Features::PASSTHROUGH_SHADERS)
+        && [desc.a, desc.b].iter().all(|operand| wide(operand, desc.k))
+}
+
+/// NVIDIA's PCI vendor id.
+const NVIDIA: u32 = 0x10de;
+
+/// Whether an operand's lines are whole vectors of 128 codes of E2M1 under scales of at least 32: loaded 16 bytes at a time.
+pub(super) fn wide(operand: &Operand, k: usize) -> bool {
+    k.is_multiple_of(128)
+        && matches!(operand, Operand { values: Values::Mx(spec), transposed: false }
+            if spec.element == Element::E2M1 && spec.block.len() >= 32)
 }
 
 /// Parts of 32 positions that the exact tier rounds separately.
