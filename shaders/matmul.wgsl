@@ -51,7 +51,7 @@ fn stage_factor(tile: Tile, u: u32, scale: u32) {
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3<u32>,
         @builtin(local_invocation_index) lane: u32) {
-    let tile = tile_place(wg.y * wgs.x + wg.x);
+    let tile = tile_place(wg.y * wgs.x + wg.x, lane);
     if (!tile_uniformly_there(tile, lane)) { return; }
     // Four rows (columns) are neighbours, groups of four DOWN · 4 (ACROSS · 4) apart.
     let ty = lane / ACROSS;
@@ -71,7 +71,9 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
             let at = u * WG + lane;
             let r = at % ROWS;
             let part = at / ROWS;
-            if (r < BM) {
+            if (part >= STAGE / 8u) {
+                // The last round may be short.
+            } else if (r < BM) {
                 stage_a(r, part, a_index(tile, r), k + part * 8u, raws[u]);
             } else {
                 stage_b(r, part, b_index(tile, r), k + part * 8u, raws[u]);

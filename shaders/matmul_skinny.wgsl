@@ -23,7 +23,7 @@ fn strip_put(i: u32, bits: u32) { terms[i] = bitcast<f32>(bits); }
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3<u32>,
         @builtin(local_invocation_index) lane: u32) {
-    let tile = tile_place(wg.y * wgs.x + wg.x);
+    let tile = tile_place(wg.y * wgs.x + wg.x, lane);
     if (!tile_uniformly_there(tile, lane)) { return; }
     let l = lane % LANES;
     let abreast = lane / LANES;

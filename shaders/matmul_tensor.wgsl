@@ -28,7 +28,7 @@ fn lane_part() -> u32 { return own_part; }
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3<u32>,
         @builtin(local_invocation_index) lane: u32) {
-    let tile = tile_place(wg.y * wgs.x + wg.x);
+    let tile = tile_place(wg.y * wgs.x + wg.x, lane);
     if (!tile_uniformly_there(tile, lane)) { return; }
     own_slice = lane / (WG / SLICES);
     let subgroup = lane % (WG / SLICES) / 32u;

@@ -377,13 +377,20 @@ pub fn cubes(results: &[Value]) -> String {
             }
             let point = (size("m") as f64, number(case, "seconds"));
             let tier = text(case, "tier").to_string();
-            match series.iter_mut().find(|s| s.0 == i && s.1 == tier && s.2 == operands) {
-                Some(found) => found.4.push(point),
-                None => series.push((i, tier, operands, dense(case), vec![point])),
+            let same = |s: &&mut Series| (s.machine, &s.tier, &s.operands) == (i, &tier, &operands);
+            match series.iter_mut().find(same) {
+                Some(found) => found.points.push(point),
+                None => series.push(Series {
+                    machine: i,
+                    tier,
+                    operands,
+                    hollow: dense(case),
+                    points: vec![point],
+                }),
             }
         }
     }
-    let all = || series.iter().flat_map(|s| &s.4);
+    let all = || series.iter().flat_map(|s| &s.points);
     let xs: Vec<f64> = all().map(|p| p.0).collect();
     let ys: Vec<f64> = all().map(|p| p.1).collect();
     let mut sides = xs.clone();
@@ -397,9 +404,9 @@ pub fn cubes(results: &[Value]) -> String {
         Ticks { x: &sides, unit: "s", room: 3.0 },
     );
     let mut names_of = Vec::new();
-    for (i, tier, operands, hollow, points) in &mut series {
+    for Series { machine, tier, operands, hollow, points } in &mut series {
         points.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let hue = HUES[*i % HUES.len()];
+        let hue = HUES[*machine % HUES.len()];
         for two in points.windows(2) {
             let ends = [plot.px(two[0].0), plot.py(two[0].1), plot.px(two[1].0), plot.py(two[1].1)];
             let dash = UNITS.iter().find(|u| u.1 == tier.as_str()).map_or("", |u| u.2);

@@ -1,7 +1,7 @@
 // Rows of A grouped by expert. groups: [0] how often a group was invalid; then groups + 1 row offsets; then groups expert
 // ids. A group is invalid if its offsets descend or pass the last row, or if there is no such expert; its rows become NaN.
 
-fn tile_grouped(place: Tile, tm: u32) -> Tile {
+fn tile_grouped(place: Tile, tm: u32, lane: u32) -> Tile {
     var tile = place;
     var before = 0u;
     for (var g = 0u; g < p.groups; g++) {
@@ -11,7 +11,7 @@ fn tile_grouped(place: Tile, tm: u32) -> Tile {
         let valid = start <= end && end <= p.m && expert < p.experts;
         let rows = min(end, p.m) - min(start, min(end, p.m));
         let count = (rows + BM - 1u) / BM;
-        if (!valid && tm == 0u && tile.col == 0u) { atomicAdd(&groups[0], 1u); }
+        if (!valid && tm == 0u && place.col == 0u && lane == 0u) { atomicAdd(&groups[0], 1u); }
         if (tm >= before && tm < before + count) {
             tile.row = start + (tm - before) * BM;
             tile.rows = rows - (tm - before) * BM;

@@ -44,7 +44,7 @@ struct Params {
 struct Tile { row: u32, col: u32, rows: u32, y_row: u32, valid: bool, there: bool }
 
 // Neighbouring workgroups share operands: RASTER tiles down before one across.
-fn tile_place(index: u32) -> Tile {
+fn tile_place(index: u32, lane: u32) -> Tile {
     let tiles = p.tiles_m * p.tiles_n;
     let batch = index / tiles;
     let at = index % tiles;
@@ -55,7 +55,7 @@ fn tile_place(index: u32) -> Tile {
     let tn = at % band / height;
     var tile = Tile(tm * BM, tn * BN, 0u, 0u, true, index < tiles * p.batch);
     if (GROUPED) {
-        return tile_grouped(tile, tm);
+        return tile_grouped(tile, tm, lane);
     }
     tile.rows = p.m - min(tile.row, p.m);
     tile.y_row = p.y_row + batch * p.y_stride + tile.row;

@@ -6,7 +6,7 @@ const STRIP_BLOCKS = STRIP_ROWS / BLOCK_LINES * (BN / BLOCK);
 var<workgroup> wg_amax: array<atomic<u32>, STRIP_BLOCKS>;
 
 fn strip_store(tile: Tile, first: u32, lane: u32) {
-    if (lane < STRIP_BLOCKS) { atomicStore(&wg_amax[lane], 0u); }
+    for (var i = lane; i < STRIP_BLOCKS; i += WG) { atomicStore(&wg_amax[i], 0u); }
     workgroupBarrier();
     // The values take the sums' place.
     for (var u = lane; u < STRIP_ROWS * BN; u += WG) {

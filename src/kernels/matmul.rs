@@ -11,9 +11,11 @@
 //!
 //! # Numerics
 //! Every line of an MX operand has an *anchor* r, its largest E8M0 scale byte, kept with the tensor. Elements are decoded
-//! relative to it, products are summed in f32, and 2^(rA − 127 + rB − 127) (NVFP4: the tensor-wide scales) is applied once at
-//! the end, rounded once, by integer arithmetic: sums neither overflow nor become subnormal. A NaN scale is the anchor 255 and
-//! makes its whole line of outputs NaN.
+//! relative to it, products are summed in f32, and 2^(rA − 127 + rB − 127) is applied at the end, by integer arithmetic and
+//! rounded once: sums neither overflow nor become subnormal. Before it the sum is multiplied by alpha and NVFP4's tensor-wide
+//! scales, significand by significand, each product rounded to nearest (powers of two are exact). A NaN scale is the anchor 255
+//! and makes its whole line of outputs NaN; in a stack of transposed squares the anchor is that of the whole column of blocks.
+//! NaN and infinity codes and values are what the device's arithmetic makes of them.
 //!
 //! The exact tier cuts k into *segments* of 32 elements (16 if a block has 16). With s the integer dot product of a segment's
 //! codes and fa, fb its scales relative to the anchors, `acc += f32(s) · (fa · fb)` in ascending order; the products are exact,
@@ -377,6 +379,11 @@ impl Matmul {
                 Target::Mx(t) => &t.codes,
             };
             ctx.check_same(rows, out)?;
+        }
+        for extra in
+            extras.bias.map(|t| &t.data).into_iter().chain(extras.groups.map(|groups| &groups.data))
+        {
+            ctx.check_same(extra, extra)?;
         }
         let wanted = [desc.batch * desc.m, desc.n];
         match (y, desc.out) {

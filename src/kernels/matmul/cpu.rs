@@ -402,8 +402,7 @@ fn e4m3(byte: u8) -> f32 {
         return 0.0;
     }
     // Its exponent and mantissa in f32's places, and the difference of the biases made up for.
-    let value = f32::from_bits(u32::from(magnitude) << 20) * power_of_two(127 - 7);
-    if byte == magnitude { value } else { -value }
+    f32::from_bits(u32::from(magnitude) << 20) * power_of_two(127 - 7)
 }
 
 // ---- The exact tier --------------------------------------------------------------------------------------------------

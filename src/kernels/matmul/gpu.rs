@@ -481,7 +481,7 @@ impl Variant {
                     .constant("BN", bn)
                     .constant("TM", tm)
                     .constant("TN", tn)
-                    .constant("UNITS", (bm + bn) * self.stage() / 8 / WORKGROUP)
+                    .constant("UNITS", ((bm + bn) * self.stage() / 8).div_ceil(WORKGROUP))
                     .constant("STRIP_ROWS", if square { 32 } else { 16 })
             }
             Shape::Skinny { m, rn, .. } => source
