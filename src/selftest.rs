@@ -7,8 +7,9 @@
 use crate::formats::NAMED;
 use crate::rng::{ROUNDS, threefry4x32};
 use crate::{
-    Axis, Block, Context, DType, Dequantize, DequantizeDesc, MxSpec, Quantize, QuantizeDesc,
-    Result, Rounding, ScaleFormat, ScaleRule,
+    Axis, Block, Context, DType, Dequantize, DequantizeDesc, MXFP4, MXFP6_E2M3, MXINT8, Matmul,
+    MatmulDesc, MxSpec, NVFP4, Output, Quantize, QuantizeDesc, Result, Rounding, ScaleFormat,
+    ScaleRule, Tier,
 };
 
 /// The digest of one case.
@@ -28,13 +29,106 @@ pub async fn run(
     ctx: &Context,
     mut progress: impl FnMut(&str, usize, usize),
 ) -> Result<Vec<Digest>> {
-    let cases = cases();
+    let (cases, products) = (cases(), products());
+    let total = cases.len() + products.len();
     let mut digests = Vec::new();
     for (i, case) in cases.iter().enumerate() {
-        progress(&case.name(), i, cases.len());
+        progress(&case.name(), i, total);
         digests.extend(case.run(ctx).await?);
     }
+    for (i, product) in products.iter().enumerate() {
+        progress(&product.name(), cases.len() + i, total);
+        digests.push(product.run(ctx).await?);
+    }
     Ok(digests)
+}
+
+/// A product of the exact tier, its operands quantized on the device.
+struct Product {
+    a: MxSpec,
+    b: MxSpec,
+    out: Output,
+    /// m, n, k.
+    shape: [usize; 3],
+}
+
+fn products() -> Vec<Product> {
+    let dense = Output::Dense(DType::F32);
+    let mut products = Vec::new();
+    let mut add = |a, b, out, shape| products.push(Product { a, b, out, shape });
+    // Tiles, and a single row.
+    for shape in [[70, 96, 203], [1, 96, 203]] {
+        add(MXFP4, MXFP4, dense, shape);
+        add(MXFP4, MXINT8, dense, shape);
+        add(NVFP4, MXFP6_E2M3, dense, shape);
+        add(
+            MXFP6_E2M3.with_block(Block::Vector(128)),
+            MXFP4.with_block(Block::Square(16)),
+            dense,
+            shape,
+        );
+    }
+    // Lines of whole vectors of 128: what the fast loads take.
+    add(MXFP4, MXFP4.with_block(Block::Square(32)), Output::Dense(DType::BF16), [2, 45, 384]);
+    add(NVFP4, NVFP4, Output::Dense(DType::F16), [33, 45, 384]);
+    let rounding = Rounding::Stochastic { seed: 0x5eed, stream: 4 };
+    let packed =
+        QuantizeDesc { rounding, scale_rule: Some(ScaleRule::Rceil), ..Default::default() };
+    add(MXFP4, MXFP4, Output::Mx(packed), [70, 96, 203]);
+    products
+}
+
+impl Product {
+    fn name(&self) -> String {
+        let [m, n, k] = self.shape;
+        let out = match &self.out {
+            Output::Dense(dtype) => dtype.to_string(),
+            Output::Mx(out) => format!("{} stochastic", out.spec),
+        };
+        format!("matmul {} {} to {out} {m}x{n}x{k}", self.a, self.b)
+    }
+
+    async fn run(&self, ctx: &Context) -> Result<Digest> {
+        let [m, n, k] = self.shape;
+        let mut stream = ctx.stream();
+        let mut operands = Vec::new();
+        for (spec, rows) in [(self.a, m), (self.b, n)] {
+            let x = ctx.upload(DType::F32, rows, k, &input(DType::F32, rows, k))?;
+            let mut packed = ctx.zeros_mx(spec, Axis::One, rows, k)?;
+            let desc = QuantizeDesc { spec, ..Default::default() };
+            Quantize::new(ctx, &desc)?.record(&mut stream, &x, &mut packed)?;
+            operands.push(packed);
+        }
+        let desc = MatmulDesc {
+            m,
+            n,
+            k,
+            a: self.a.into(),
+            b: self.b.into(),
+            out: self.out,
+            tier: Tier::Exact,
+            ..Default::default()
+        };
+        let matmul = Matmul::new(ctx, &desc)?;
+        let mut hash = Fnv::new();
+        match &self.out {
+            Output::Dense(dtype) => {
+                let mut y = ctx.zeros(*dtype, m, n)?;
+                matmul.record(&mut stream, &operands[0], &operands[1], &mut y)?;
+                ctx.submit(stream)?;
+                hash.update(&ctx.read(&y).await?);
+            }
+            Output::Mx(out) => {
+                let mut y = ctx.zeros_mx(out.spec, Axis::One, m, n)?;
+                matmul.record(&mut stream, &operands[0], &operands[1], &mut y)?;
+                ctx.submit(stream)?;
+                let host = ctx.read_mx(&y).await?;
+                hash.update(host.codes());
+                hash.update(host.scales());
+            }
+        }
+        Ok(Digest { name: self.name(), digest: hash.0 })
+    }
 }
 
 struct Case {

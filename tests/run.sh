@@ -203,6 +203,8 @@ fi
 
 step "self-test" cargo run --release --example info -- --selftest
 step "quantize" cargo run --release --example quantize
+step "matmul" cargo run --release --example matmul
+step "bench" cargo run --release --example bench -- --quick --device cpu
 
 echo
 summary="run.sh: ${#checked[@]} checks passed in $SECONDS s"

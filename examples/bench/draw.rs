@@ -273,6 +273,7 @@ pub fn roofline(results: &[Value]) -> String {
         ["operations per byte of operands and output", "operations per second"],
         Ticks { x: &[], unit: "", room: 9.0 },
     );
+    let mut roofs = Vec::new();
     for (i, result) in results.iter().enumerate() {
         let hue = HUES[i % HUES.len()];
         let copy = number(&result["peaks"]["copy"], "bytes_per_second");
@@ -293,16 +294,20 @@ pub fn roofline(results: &[Value]) -> String {
                 let (y, right) = (plot.py(peak), WIDTH - RIGHT);
                 let roof = [plot.px(peak / copy), y, right, y];
                 plot.course(roof, hue, 1.6, dash);
-                // Two roofs may lie close to each other.
-                let width = 6.6 * unit.chars().count() as f64;
-                let above = [right - width, y - 16.0, right, y - 3.0];
-                let below = [above[0], y + 3.0, right, y + 16.0];
-                let free = plot.taken.iter().all(|t| apart(&above, t));
-                let area = if free { above } else { below };
-                plot.taken.push(area);
-                plot.words(right, area[3] - 3.0, "end", hue, unit);
+                roofs.push((y, unit, hue));
             }
         }
+    }
+    // Two roofs may lie close to each other.
+    for (y, unit, hue) in roofs {
+        let right = WIDTH - RIGHT;
+        let width = 6.6 * unit.chars().count() as f64;
+        let above = [right - width, y - 16.0, right, y - 3.0];
+        let below = [above[0], y + 3.0, right, y + 16.0];
+        let free = plot.taken.iter().chain(&plot.lines).all(|t| apart(&above, t));
+        let area = if free { above } else { below };
+        plot.taken.push(area);
+        plot.words(right, area[3] - 3.0, "end", hue, unit);
     }
     // All points before the first label, which keeps off them.
     for (i, result) in results.iter().enumerate() {

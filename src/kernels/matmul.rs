@@ -607,6 +607,16 @@ impl Finish {
             return NAN;
         }
         let sign = (sum.to_bits() ^ self.alpha.to_bits()) & 0x8000_0000;
+        if self.alpha == 1.0 && self.tensor_scales == [None; 2] {
+            // A power of two: exact, unless the result is not normal.
+            let e = anchor_a as i32 + anchor_b as i32 - 254 + self.exponent;
+            if (-126..=127).contains(&e) {
+                let value = sum * f32::from_bits(((e + 127) as u32) << 23);
+                if value.is_normal() {
+                    return value.to_bits();
+                }
+            }
+        }
         if sum.is_infinite() {
             return if self.alpha == 0.0 { NAN } else { sign | INFINITY };
         }
@@ -711,36 +721,43 @@ fn run_cpu(
             Tier::Exact => cpu::exact(&a, &b, k, &mut sums),
             _ => cpu::alu(&a, &b, k, &mut sums),
         }
-        for (i, row) in sums.chunks_exact(n.max(1)).enumerate() {
-            for (j, sum) in row.iter().enumerate() {
-                let mut value = finish.bits(*sum, a.anchor(i), b.anchor(j));
-                let at = (first + i) * n + j;
-                if let Some(y) = &dense {
-                    if desc.beta != 0.0 {
-                        let old = f32::from_bits(y.dtype.f32_bits(y.data.cpu(), at));
-                        value = added(value, (desc.beta * old).to_bits());
-                    }
+        let anchors: Vec<u32> = (0..n).map(|j| b.anchor(j)).collect();
+        let old = dense.as_deref();
+        // The values take the sums' place.
+        let finish_row = |(i, row): (usize, &mut [f32])| {
+            let anchor = a.anchor(i);
+            for (j, sum) in row.iter_mut().enumerate() {
+                let mut value = finish.bits(*sum, anchor, anchors[j]);
+                if let (Some(y), true) = (old, desc.beta != 0.0) {
+                    let old = f32::from_bits(y.dtype.f32_bits(y.data.cpu(), (first + i) * n + j));
+                    value = added(value, (desc.beta * old).to_bits());
                 }
                 if let Some(bias) = bias {
                     value = added(value, bias[j]);
                 }
-                match (&mut dense, &mut packed) {
-                    (Some(y), _) => {
-                        let value = y.dtype.narrow(value);
-                        let words = y.data.cpu_mut();
-                        match y.dtype {
-                            DType::F32 => words[at] = value,
-                            DType::F16 | DType::BF16 => {
-                                let shift = 16 * (at % 2);
-                                words[at / 2] =
-                                    words[at / 2] & !(0xffff << shift) | (value << shift);
-                            }
-                        }
-                    }
-                    (None, Some((_, values))) => values[at] = value,
-                    (None, None) => {}
+                *sum = f32::from_bits(value);
+            }
+        };
+        #[cfg(not(target_arch = "wasm32"))]
+        {
+            use rayon::prelude::*;
+            sums.par_chunks_exact_mut(n.max(1)).enumerate().for_each(finish_row);
+        }
+        #[cfg(target_arch = "wasm32")]
+        sums.chunks_exact_mut(n.max(1)).enumerate().for_each(finish_row);
+        let values: &[u32] = bytemuck::cast_slice(&sums);
+        let at = first * n..first * n + values.len();
+        match (&mut dense, &mut packed) {
+            (Some(y), _) if y.dtype == DType::F32 => y.data.cpu_mut()[at].copy_from_slice(values),
+            (Some(y), _) => {
+                let dtype = y.dtype;
+                let halves: &mut [u16] = bytemuck::cast_slice_mut(y.data.cpu_mut());
+                for (half, value) in halves[at].iter_mut().zip(values) {
+                    *half = dtype.narrow(*value) as u16;
                 }
             }
+            (None, Some((_, all))) => all[at].copy_from_slice(values),
+            (None, None) => {}
         }
     }
     if let (Some((y, values)), Output::Mx(out)) = (packed, desc.out) {

@@ -713,12 +713,12 @@ pub fn kernels() -> Vec<Kernel> {
         by: Fragments::Spirv,
     };
     let shapes = [
-        (Tier::Exact, Shape::Tile { bm: 128, bn: 64, tm: 8, tn: 4 }),
+        (Tier::Exact, Shape::Tile { bm: 128, bn: 128, tm: 8, tn: 8 }),
         (Tier::Exact, Shape::Tile { bm: 64, bn: 64, tm: 4, tn: 4 }),
         (Tier::Exact, Shape::Skinny { m: 1, rn: 32, halves: false }),
         (Tier::Exact, Shape::Skinny { m: 4, rn: 8, halves: false }),
         (Tier::Exact, Shape::Skinny { m: 1, rn: 32, halves: true }),
-        (Tier::Exact, Shape::Skinny { m: 4, rn: 16, halves: true }),
+        (Tier::Exact, Shape::Skinny { m: 4, rn: 8, halves: true }),
         (Tier::Alu, Shape::Tile { bm: 64, bn: 64, tm: 4, tn: 4 }),
         (Tier::Alu, Shape::Skinny { m: 1, rn: 32, halves: false }),
         (Tier::Alu, Shape::Skinny { m: 2, rn: 16, halves: false }),

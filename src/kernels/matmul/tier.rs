@@ -194,21 +194,23 @@ pub(super) fn shape(gpu: &Gpu, desc: &MatmulDesc, tier: Tier) -> Shape {
     }
     if desc.experts.is_none() && square.is_none() && rows <= SKINNY {
         let short = segments(desc) == 2;
+        let halves = rows <= 4 && tier == Tier::Exact && halves(gpu, desc);
+        // Terms and A's part must fit workgroup memory.
         let (m, rn) = match (tier, rows) {
             (_, 0..=1) => (1, 32),
             (Tier::Exact, 2) if !short => (2, 32),
             (_, 2) | (Tier::Alu, _) => (2, 16),
-            (_, 3..=4) if !short => (4, 16),
-            _ if short => (4, 8),
+            (_, 3..=4) if !short && !halves => (4, 16),
+            _ if short || halves => (4, 8),
             _ => (8, 8),
         };
-        return Shape::Skinny { m, rn, halves: m <= 4 && tier == Tier::Exact && halves(gpu, desc) };
+        return Shape::Skinny { m, rn, halves };
     }
     match square {
         Some(false) => Shape::Tile { bm: 64, bn: 128, tm: 4, tn: 8 },
         Some(true) => Shape::Tile { bm: 64, bn: 64, tm: 4, tn: 4 },
         None if tier == Tier::Exact && rows > 64 && desc.n > 64 && !gpu.caps.software => {
-            Shape::Tile { bm: 128, bn: 64, tm: 8, tn: 4 }
+            Shape::Tile { bm: 128, bn: 128, tm: 8, tn: 8 }
         }
         None => Shape::Tile { bm: 64, bn: 64, tm: 4, tn: 4 },
     }
