@@ -166,6 +166,14 @@ fn replace_word(text: &str, word: &str, by: &str) -> String {
     out + rest
 }
 
+/// The fragments of `shaders/lib` and the bodies of `shaders`.
+macro_rules! shader {
+    ($path:literal) => {
+        include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/", $path))
+    };
+}
+pub(crate) use shader;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -179,11 +187,3 @@ mod tests {
         assert!(!built.contains("x[2u]") && !built.contains("for") && built.ends_with("\nz\n"));
     }
 }
-
-/// The fragments of `shaders/lib` and the bodies of `shaders`.
-macro_rules! shader {
-    ($path:literal) => {
-        include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/", $path))
-    };
-}
-pub(crate) use shader;

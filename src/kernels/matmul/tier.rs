@@ -209,7 +209,7 @@ pub(super) fn shape(gpu: &Gpu, desc: &MatmulDesc, tier: Tier) -> Shape {
     match square {
         Some(false) => Shape::Tile { bm: 64, bn: 128, tm: 4, tn: 8 },
         Some(true) => Shape::Tile { bm: 64, bn: 64, tm: 4, tn: 4 },
-        None if tier == Tier::Exact && rows > 64 && desc.n > 64 && !gpu.caps.software => {
+        None if tier == Tier::Exact && rows > 64 && desc.n > 64 => {
             Shape::Tile { bm: 128, bn: 128, tm: 8, tn: 8 }
         }
         None => Shape::Tile { bm: 64, bn: 64, tm: 4, tn: 4 },
