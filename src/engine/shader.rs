@@ -156,10 +156,10 @@ fn replace_word(text: &str, word: &str, by: &str) -> String {
     let mut out = String::new();
     let mut rest = text;
     while let Some(at) = rest.find(word) {
-        let alone = !rest[..at].ends_with(part)
-            && !rest[..at].ends_with('.')
-            && !rest[at + word.len()..].starts_with(part);
         out.push_str(&rest[..at]);
+        let alone = !out.ends_with(part)
+            && !out.ends_with('.')
+            && !rest[at + word.len()..].starts_with(part);
         out.push_str(if alone { by } else { word });
         rest = &rest[at + word.len()..];
     }
