@@ -12,7 +12,8 @@ use naga::valid::{Capabilities, ValidationFlags, Validator};
 const MAX_WORKGROUP_BYTES: u32 = 16384;
 const MAX_INVOCATIONS: u32 = 256;
 
-/// What the tensor tier's kernels may use: devices with cooperative matrices have more than WebGPU's default.
+/// What the tensor tier's kernels may use: devices with cooperative matrices have more than WebGPU's default, and the
+/// emulation is for tests.
 const MAX_TENSOR_WORKGROUP_BYTES: u32 = 49152;
 
 fn check(kernel: &Kernel) -> Result<(), String> {
@@ -66,7 +67,10 @@ fn check(kernel: &Kernel) -> Result<(), String> {
                 Some(kind);
         }
     }
-    let limit = if tensor { MAX_TENSOR_WORKGROUP_BYTES } else { MAX_WORKGROUP_BYTES };
+    let limit = match tensor || kernel.name.contains(".emulated") {
+        true => MAX_TENSOR_WORKGROUP_BYTES,
+        false => MAX_WORKGROUP_BYTES,
+    };
     if workgroup_bytes > limit {
         return Err(format!("{workgroup_bytes} bytes of workgroup memory"));
     }
