@@ -4,10 +4,14 @@
 //!
 //! Without files it multiplies matrices of its own making and reports.
 
+#[path = "shared/input.rs"]
+mod input;
+#[path = "shared/output.rs"]
+mod output;
+
 use std::borrow::Cow;
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::io::{self, Write};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
@@ -22,6 +26,9 @@ use microscaling::{
     Quantize, QuantizeDesc, ScaleFormat, Tensor, Tier, report, rng,
 };
 use rayon::prelude::*;
+
+use input::map;
+use output::OutputFile;
 
 /// Multiply two matrices in microscaling formats: y = A · Bᵀ.
 ///
@@ -81,7 +88,8 @@ fn main() {
 
 fn run(args: &Args) -> Result<()> {
     // First of all, so that hours of work do not end at a directory that cannot be written.
-    let output = args.output.as_deref().map(OutputFile::create).transpose()?;
+    let output =
+        args.output.as_deref().map(|path| OutputFile::create(path, "matmul")).transpose()?;
     let map = |path: &Option<PathBuf>| path.as_deref().map(map).transpose();
     let (map_a, map_b) = (map(&args.a)?, map(&args.b)?);
     let a = load(&args.a, &map_a, 0)?;
@@ -106,11 +114,12 @@ fn run(args: &Args) -> Result<()> {
     let caps = ctx.caps();
     writeln!(io::stdout(), "device: {} ({}; {})", caps.name, caps.backend, caps.driver)?;
     let made = multiply(&ctx, &a, &b, args)?;
-    if let Some(output) = output {
+    if let Some(mut output) = output {
         // Windows cannot replace a file that is mapped, should OUT be one of the inputs.
         drop((a, b));
         drop((map_a, map_b));
-        output.write(&made)?;
+        output.write(|mut out| made.write_to(&mut out))?;
+        writeln!(io::stdout(), "{}", output.finish()?)?;
     }
     Ok(())
 }
@@ -407,66 +416,5 @@ fn operations(rate: f64) -> String {
     match rate {
         r if r >= 1e12 => format!("{:.1} TFLOP/s", r / 1e12),
         r => format!("{:.1} GFLOP/s", r / 1e9),
-    }
-}
-
-fn map(path: &Path) -> Result<Mmap> {
-    let fail = |error: io::Error| format!("cannot read {}: {error}", path.display());
-    let file = File::open(path).map_err(fail)?;
-    let about = file.metadata().map_err(fail)?;
-    if !about.is_file() {
-        return Err(format!("cannot read {}: not a regular file", path.display()).into());
-    }
-    if about.len() == 0 {
-        return Err(format!("{}: the file is empty", path.display()).into());
-    }
-    // SAFETY: the map is only read. Another program that cuts the file short meanwhile would end this one with a
-    // signal, as with every mapped file.
-    Ok(unsafe { Mmap::map(&file) }.map_err(fail)?)
-}
-
-/// A file that appears under its name when it is whole. Until then it is a temporary one beside it, which is removed if
-/// anything fails.
-struct OutputFile {
-    path: PathBuf,
-    /// `path`, or what it is a link to.
-    target: PathBuf,
-    file: tempfile::NamedTempFile,
-}
-
-impl OutputFile {
-    fn create(path: &Path) -> Result<OutputFile> {
-        let fail = |problem: String| format!("cannot write {}: {problem}", path.display());
-        if path.exists() && !path.is_file() {
-            return Err(fail("it exists and is not a regular file".into()).into());
-        }
-        let target = path.canonicalize().unwrap_or_else(|_| path.into());
-        let directory = match target.parent() {
-            Some(parent) if parent != Path::new("") => parent,
-            _ => Path::new("."),
-        };
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".matmul-");
-        // Temporary files are private by default; this one becomes an ordinary file, whose mode is the umask's affair.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let file = builder.tempfile_in(directory).map_err(|error| {
-            fail(format!("{error}; choose a directory that exists and can be written"))
-        })?;
-        Ok(OutputFile { path: path.into(), target, file })
-    }
-
-    fn write(mut self, made: &TensorFile<'_>) -> Result<()> {
-        let shown = self.path.display();
-        let fail = |error: io::Error| format!("cannot write {shown}: {error}");
-        let mut out = BufWriter::with_capacity(1 << 20, self.file.as_file_mut());
-        made.write_to(&mut out)
-            .and_then(|()| out.flush())
-            .and_then(|()| out.get_ref().sync_all())
-            .map_err(fail)?;
-        drop(out);
-        self.file.persist(&self.target).map_err(|error| fail(error.error))?;
-        writeln!(io::stdout(), "wrote {shown}")?;
-        Ok(())
     }
 }

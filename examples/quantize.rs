@@ -5,15 +5,18 @@
 //! Without a file it quantizes a weight of its own making and reports. `microscaling::interop::safetensors` documents
 //! what it writes.
 
-use std::fs::File;
-use std::io::{self, BufWriter, IsTerminal, Write};
-use std::path::{Path, PathBuf};
+#[path = "shared/input.rs"]
+mod input;
+#[path = "shared/output.rs"]
+mod output;
+
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Parser;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use indicatif::{ProgressBar, ProgressStyle};
-use memmap2::Mmap;
 use microscaling::formats::NAMED;
 use microscaling::interop::safetensors::{Dtype, Stored, TensorFile};
 use microscaling::{
@@ -21,6 +24,9 @@ use microscaling::{
     Options, Quantize, QuantizeDesc, Rounding, ScaleRule, report, rng,
 };
 use rayon::prelude::*;
+
+use input::map;
+use output::OutputFile;
 
 /// Quantize the matrices (2-D tensors of F32, F16 or BF16) of a .safetensors file to a microscaling format; copy
 /// everything else byte for byte.
@@ -112,7 +118,8 @@ fn main() {
 fn run(args: &Args) -> Result<()> {
     let desc = describe(args)?;
     // First of all, so that hours of work do not end at a directory that cannot be written.
-    let output = args.output.as_deref().map(Output::create).transpose()?;
+    let output =
+        args.output.as_deref().map(|path| OutputFile::create(path, "quantize")).transpose()?;
     let map = args.input.as_deref().map(map).transpose()?;
     // Errors name the file that they are about.
     let about = |error: Box<dyn std::error::Error>| match &args.input {
@@ -133,11 +140,11 @@ fn run(args: &Args) -> Result<()> {
     }
     .map_err(about)?;
     if let Some(mut output) = output {
-        output.write(&made)?;
+        output.write(|mut out| made.write_to(&mut out))?;
         // Windows cannot replace a file that is mapped, should OUT be IN.
         drop(made);
         drop(map);
-        output.finish()?;
+        writeln!(io::stdout(), "{}", output.finish()?)?;
     }
     Ok(())
 }
@@ -162,70 +169,6 @@ fn describe(args: &Args) -> Result<QuantizeDesc> {
     };
     desc.validate()?;
     Ok(desc)
-}
-
-fn map(path: &Path) -> Result<Mmap> {
-    let fail = |error: io::Error| format!("cannot read {}: {error}", path.display());
-    let file = File::open(path).map_err(fail)?;
-    let about = file.metadata().map_err(fail)?;
-    if !about.is_file() {
-        return Err(format!("cannot read {}: not a regular file", path.display()).into());
-    }
-    if about.len() == 0 {
-        return Err(format!("{}: the file is empty", path.display()).into());
-    }
-    // SAFETY: the map is only read. Another program that cuts the file short meanwhile would end this one with a
-    // signal, as with every mapped file.
-    Ok(unsafe { Mmap::map(&file) }.map_err(fail)?)
-}
-
-/// A file that appears under its name when it is whole. Until then it is a temporary one beside it, which is removed if
-/// anything fails.
-struct Output {
-    path: PathBuf,
-    /// `path`, or what it is a link to.
-    target: PathBuf,
-    file: tempfile::NamedTempFile,
-}
-
-impl Output {
-    fn create(path: &Path) -> Result<Output> {
-        let fail = |problem: String| format!("cannot write {}: {problem}", path.display());
-        if path.exists() && !path.is_file() {
-            return Err(fail("it exists and is not a regular file".into()).into());
-        }
-        let target = path.canonicalize().unwrap_or_else(|_| path.into());
-        let directory = match target.parent() {
-            Some(parent) if parent != Path::new("") => parent,
-            _ => Path::new("."),
-        };
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".quantize-");
-        // Temporary files are private by default; this one becomes an ordinary file, whose mode is the umask's affair.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let file = builder.tempfile_in(directory).map_err(|error| {
-            fail(format!("{error}; choose a directory that exists and can be written"))
-        })?;
-        Ok(Output { path: path.into(), target, file })
-    }
-
-    fn write(&mut self, made: &TensorFile<'_>) -> Result<()> {
-        let mut out = BufWriter::with_capacity(1 << 20, self.file.as_file_mut());
-        made.write_to(&mut out)
-            .and_then(|()| out.flush())
-            .and_then(|()| out.get_ref().sync_all())
-            .map_err(|error| format!("cannot write {}: {error}", self.path.display()).into())
-    }
-
-    fn finish(self) -> Result<()> {
-        let shown = self.path.display();
-        self.file
-            .persist(&self.target)
-            .map_err(|error| format!("cannot write {shown}: {}", error.error))?;
-        writeln!(io::stdout(), "wrote {shown}")?;
-        Ok(())
-    }
 }
 
 /// A gaussian weight, the same everywhere (up to the last place of the system's logarithm and cosine).

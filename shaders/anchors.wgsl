@@ -2,7 +2,7 @@
 // Layout:   scales[rows, blocks bytes] · state: rows anchors from p.first on, a word each (columns: blocks of them)
 // Numerics: E8M0: the largest byte, 255 if one is NaN. E4M3: 127, or 255.
 // Dispatch: rows: ceil(rows / 8) workgroups; columns: ceil(blocks / WG); columns are put together by atomics
-// Twin:     anchors in src/kernels/matmul.rs
+// Twin:     src/kernels/anchors.rs
 
 struct Params { rows: u32, blocks: u32, first: u32 }
 

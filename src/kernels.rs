@@ -32,6 +32,9 @@ pub fn all() -> Vec<Kernel> {
     kernels
 }
 
+/// NVIDIA's PCI vendor id.
+pub(crate) const NVIDIA: u32 = 0x10de;
+
 /// Invocations of a workgroup. 256 is what every WebGPU device offers.
 pub(crate) const WORKGROUP: u32 = 256;
 
@@ -57,14 +60,20 @@ pub(crate) fn format_constants(spec: MxSpec) -> Source {
 }
 
 pub(crate) fn type_constants(source: Source, name: &str, dtype: DType) -> Source {
-    source.constant("X_F32", 0).constant("X_F16", 1).constant("X_BF16", 2).constant(
-        name,
-        match dtype {
-            DType::F32 => 0,
-            DType::F16 => 1,
-            DType::BF16 => 2,
-        },
-    )
+    source
+        .constant("X_F32", 0)
+        .constant("X_F16", 1)
+        .constant("X_BF16", 2)
+        .constant(name, type_number(dtype))
+}
+
+/// A type as the shaders number it.
+pub(crate) fn type_number(dtype: DType) -> u32 {
+    match dtype {
+        DType::F32 => 0,
+        DType::F16 => 1,
+        DType::BF16 => 2,
+    }
 }
 
 /// The fragments of a codec, but for the rounding.

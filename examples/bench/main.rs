@@ -10,6 +10,8 @@ mod cases;
 mod compare;
 mod draw;
 mod measure;
+#[path = "../shared/output.rs"]
+mod output;
 
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -23,6 +25,7 @@ use serde_json::{Value, json};
 
 use cases::{Case, Scale};
 use measure::{Measured, Peaks, operations};
+use output::OutputFile;
 
 /// Measure the matrix products of one machine, or compare what was measured.
 ///
@@ -66,10 +69,10 @@ fn run(args: &Args) -> Result<()> {
     let results = match &args.compare[..] {
         [] => {
             // Before anything is measured, so that minutes of work do not end at a file that cannot be written.
-            let json = args.json.as_deref().map(Output::create).transpose()?;
+            let json = args.json.as_deref().map(create).transpose()?;
             let result = bench(args)?;
             if let Some(json) = json {
-                json.write(&(serde_json::to_string_pretty(&result)? + "\n"))?;
+                write(json, &(serde_json::to_string_pretty(&result)? + "\n"))?;
             }
             vec![result]
         }
@@ -85,42 +88,21 @@ fn run(args: &Args) -> Result<()> {
         (&args.svg_cubes, draw::cubes as fn(&[Value]) -> String),
     ] {
         if let Some(path) = path {
-            Output::create(path)?.write(&draw(&results))?;
+            write(create(path)?, &draw(&results))?;
         }
     }
     Ok(())
 }
 
-/// A file that appears under its name when it is whole.
-struct Output<'a> {
-    path: &'a Path,
-    file: tempfile::NamedTempFile,
+fn create(path: &Path) -> Result<OutputFile> {
+    OutputFile::create(path, "bench")
 }
 
-impl Output<'_> {
-    fn create(path: &Path) -> Result<Output<'_>> {
-        let directory = match path.parent() {
-            Some(parent) if parent != Path::new("") => parent,
-            _ => Path::new("."),
-        };
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".bench-");
-        // Temporary files are private by default; this one becomes an ordinary file, whose mode is the umask's affair.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let file = builder
-            .tempfile_in(directory)
-            .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
-        Ok(Output { path, file })
-    }
-
-    fn write(mut self, text: &str) -> Result<()> {
-        let fail = |error: io::Error| format!("cannot write {}: {error}", self.path.display());
-        self.file.write_all(text.as_bytes()).map_err(fail)?;
-        self.file.persist(self.path).map_err(|error| fail(error.error))?;
-        eprintln!("wrote {}", self.path.display());
-        Ok(())
-    }
+/// Writes a text that is whole when it appears.
+fn write(mut output: OutputFile, text: &str) -> Result<()> {
+    output.write(|out| out.write_all(text.as_bytes()))?;
+    eprintln!("{}", output.finish()?);
+    Ok(())
 }
 
 fn bench(args: &Args) -> Result<Value> {

@@ -33,15 +33,9 @@ pub(crate) fn anchors(layout: &Layout, scales: &[u8]) -> Vec<u32> {
     anchors
 }
 
-/// Records the making of `x`'s anchors from its scales.
-pub(crate) fn record(stream: &mut Stream<'_>, x: &mut DeviceMxTensor) -> Result<()> {
+/// Records the making of `x`'s anchors from its scales, on a GPU.
+pub(crate) fn record(stream: &mut Stream<'_>, x: &DeviceMxTensor) -> Result<()> {
     let layout = x.layout;
-    if stream.gpu().is_none() {
-        let scales = &bytemuck::cast_slice(x.scales.cpu())[..x.scales.bytes()];
-        let anchors = anchors(&layout, scales);
-        x.state.cpu_mut()[STATE_WORDS..].copy_from_slice(&anchors);
-        return Ok(());
-    }
     let Some(state) = x.state.chunks().next() else { return Ok(()) };
     for columns in [false, true] {
         if columns && layout.spec.block.lines() == 1 {

@@ -761,7 +761,7 @@ fn run_cpu(
         }
     }
     if let (Some((y, values)), Output::Mx(out)) = (packed, desc.out) {
-        super::quantize::pack_on_cpu(&out, &values, y);
+        super::quantize::pack_on_cpu(&out, DType::F32, &values, y);
     }
     Ok(())
 }

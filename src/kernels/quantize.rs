@@ -20,7 +20,8 @@ use crate::rng::{self, RoundingBits};
 use crate::{Error, Result};
 
 use super::{
-    UNIT, WORKGROUP, all_specs, anchors, codec, format_constants, format_name, type_constants,
+    NVIDIA, UNIT, WORKGROUP, all_specs, anchors, codec, format_constants, format_name,
+    type_constants,
 };
 
 /// What [`Quantize`] does.
@@ -131,10 +132,11 @@ impl Quantize {
         stream.context().check_same(&x.data, &out.codes)?;
         if stream.gpu().is_some() {
             self.record_gpu(stream, x, out)?;
+            anchors::record(stream, out)
         } else {
-            self.run_cpu(x, out)?;
+            pack_on_cpu(&self.desc, x.dtype, x.data.cpu(), out);
+            Ok(())
         }
-        anchors::record(stream, out)
     }
 
     fn record_gpu(&self, stream: &mut Stream<'_>, x: &Tensor, out: &DeviceMxTensor) -> Result<()> {
@@ -296,16 +298,6 @@ impl Quantize {
             * cols.len().div_ceil(tile_cols as usize) as u64;
         stream.dispatch(&variant.name(), || variant.kernel(), &params, &buffers, tiles)
     }
-
-    fn run_cpu(&self, x: &Tensor, out: &mut DeviceMxTensor) -> Result<()> {
-        let codes_len = out.codes.bytes();
-        let scales_len = out.scales.bytes();
-        let codes = &mut bytemuck::cast_slice_mut(out.codes.cpu_mut())[..codes_len];
-        let scales = &mut bytemuck::cast_slice_mut(out.scales.cpu_mut())[..scales_len];
-        let state = twin(&self.desc, x.dtype, x.data.cpu(), &out.layout, codes, scales);
-        out.state.cpu_mut()[..3].copy_from_slice(&state);
-        Ok(())
-    }
 }
 
 impl MxTensor {
@@ -329,13 +321,13 @@ impl MxTensor {
 
 // ---- The twin ------------------------------------------------------------------------------------------------------
 
-/// Packs f32 bits, row-major, into `out` on the CPU engine; its anchors too.
-pub(super) fn pack_on_cpu(desc: &QuantizeDesc, x: &[u32], out: &mut DeviceMxTensor) {
+/// Packs elements, row-major, into `out` on the CPU engine; its anchors too.
+pub(super) fn pack_on_cpu(desc: &QuantizeDesc, dtype: DType, x: &[u32], out: &mut DeviceMxTensor) {
     let codes_len = out.codes.bytes();
     let scales_len = out.scales.bytes();
     let codes = &mut bytemuck::cast_slice_mut(out.codes.cpu_mut())[..codes_len];
     let scales = &mut bytemuck::cast_slice_mut(out.scales.cpu_mut())[..scales_len];
-    let state = twin(desc, DType::F32, x, &out.layout, codes, scales);
+    let state = twin(desc, dtype, x, &out.layout, codes, scales);
     let anchors = anchors::anchors(&out.layout, scales);
     out.state.cpu_mut()[..3].copy_from_slice(&state);
     out.state.cpu_mut()[STATE_WORDS..].copy_from_slice(&anchors);
@@ -553,9 +545,6 @@ const fn tile(axis: Axis) -> [u32; 3] {
         Axis::One => [32, 128, 256],
     }
 }
-
-/// NVIDIA's PCI vendor id.
-const NVIDIA: u32 = 0x10de;
 
 #[derive(Clone, Copy, Debug)]
 struct Variant {

@@ -8,6 +8,7 @@ use crate::engine::{Engine, Stream};
 use crate::formats::{Block, Element, MxSpec, Rounding, ScaleFormat};
 use crate::kernels::{
     QuantizeDesc, UNIT, WORKGROUP, anchors, codec, format_constants, format_name, type_constants,
+    type_number,
 };
 use crate::{Error, Result, rng};
 
@@ -656,14 +657,9 @@ fn operand_constants(source: Source, name: char, operand: Operand) -> Source {
     let named = |what: &str| format!("{prefix}_{what}");
     let source = source.flag(&named("TRANSPOSED"), operand.transposed);
     match operand.values {
-        Values::Dense(dtype) => source.flag(&named("SCALE_E4M3"), false).constant(
-            &named("TYPE"),
-            match dtype {
-                DType::F32 => 0,
-                DType::F16 => 1,
-                DType::BF16 => 2,
-            },
-        ),
+        Values::Dense(dtype) => {
+            source.flag(&named("SCALE_E4M3"), false).constant(&named("TYPE"), type_number(dtype))
+        }
         Values::Mx(spec) => {
             let element = spec.element;
             // Where f16's exponent stands when it holds the element's.
@@ -696,7 +692,6 @@ pub fn kernels() -> Vec<Kernel> {
     values.push(mx(Element::E2M1, ScaleFormat::E8M0, Block::Square(32)));
     values.push(mx(Element::E2M3, ScaleFormat::E8M0, Block::Square(16)));
     values.extend(DType::ALL.map(Values::Dense));
-    let integers = |values: Values| matches!(values, Values::Mx(spec) if matches!(spec.element, Element::E2M1 | Element::E2M3 | Element::Int8));
     let by = |by| Shape::Tensor { subgroups: [2, 2], fragments: [4, 4], slices: 1, side: 16, by };
     let small = |side, by| Shape::Tensor {
         subgroups: [2, 2],
@@ -734,10 +729,10 @@ pub fn kernels() -> Vec<Kernel> {
     for (tier, shape) in shapes {
         let tensor = tier == Tier::Tensor;
         let halves = matches!(shape, Shape::Skinny { halves: true, .. });
-        let nibbles = |v: Values| matches!(v, Values::Mx(s) if s.element == Element::E2M1 && s.block.len() >= 32);
+        let nibbles = |values| tier::wide(&Operand { values, transposed: false }, 128);
         let takes = |values: Values| match tier {
             Tier::Exact if halves => nibbles(values),
-            Tier::Exact => integers(values),
+            Tier::Exact => tier::integers(values),
             Tier::Tensor => !matches!(values, Values::Dense(DType::F32 | DType::BF16)),
             _ => true,
         };

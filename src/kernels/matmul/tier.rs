@@ -5,6 +5,7 @@ use crate::engine::buffer::DType;
 use crate::engine::gpu::Gpu;
 use crate::engine::{Context, Engine};
 use crate::formats::Element;
+use crate::kernels::NVIDIA;
 use crate::{Error, Result};
 
 /// Rows of A up to which the skinny kernels are meant.
@@ -97,16 +98,16 @@ pub(super) fn choose(ctx: &Context, desc: &MatmulDesc) -> Result<(Tier, String)>
     })
 }
 
+/// Whether the codes are small integers.
+pub(super) fn integers(values: Values) -> bool {
+    matches!(values, Values::Mx(spec)
+        if matches!(spec.element, Element::E2M1 | Element::E2M3 | Element::Int8))
+}
+
 /// What the exact tier needs and what is there instead.
 fn exact(desc: &MatmulDesc) -> std::result::Result<(), [String; 2]> {
     for (name, operand) in [("A", desc.a), ("B", desc.b)] {
-        let integer = match operand.values {
-            Values::Mx(spec) => {
-                matches!(spec.element, Element::E2M1 | Element::E2M3 | Element::Int8)
-            }
-            Values::Dense(_) => false,
-        };
-        if !integer {
+        if !integers(operand.values) {
             return Err([
                 "E2M1, E2M3 or INT8 codes on both sides".into(),
                 format!("{name} is {}", operand.values),
@@ -227,9 +228,6 @@ fn halves(gpu: &Gpu, desc: &MatmulDesc) -> bool {
             .contains(wgpu::Features::SHADER_F16 | wgpu::Features::PASSTHROUGH_SHADERS)
         && [desc.a, desc.b].iter().all(|operand| wide(operand, desc.k))
 }
-
-/// NVIDIA's PCI vendor id.
-const NVIDIA: u32 = 0x10de;
 
 /// Whether an operand's lines are whole vectors of 128 codes of E2M1 under scales of at least 32: loaded 16 bytes at a time.
 pub(super) fn wide(operand: &Operand, k: usize) -> bool {
