@@ -12,7 +12,7 @@ pub mod spirv;
 
 use std::sync::Arc;
 
-use buffer::{CHUNK_ROWS, DType, DeviceMxTensor, Tensor};
+use buffer::{CHUNK_ROWS, DType, DeviceMxTensor, Ids, Tensor};
 use caps::Caps;
 use gpu::Gpu;
 use shader::Kernel;
@@ -254,6 +254,23 @@ impl Context {
         Ok(tensor)
     }
 
+    /// Whole numbers for a kernel to write, zero until then.
+    pub fn zeros_ids(&self, len: usize) -> Result<Ids> {
+        Ids::new(self, len)
+    }
+
+    /// Whole numbers from the host's.
+    pub fn upload_ids(&self, ids: &[u32]) -> Result<Ids> {
+        let mut tensor = Ids::new(self, ids.len())?;
+        tensor.data.write(self, bytemuck::cast_slice(ids))?;
+        Ok(tensor)
+    }
+
+    /// Reads whole numbers; waits as [`Context::read`].
+    pub async fn read_ids(&self, ids: &Ids) -> Result<Vec<u32>> {
+        Ok(bytemuck::pod_collect_to_vec(&ids.data.read(self).await?))
+    }
+
     /// A packed tensor from the host's.
     pub fn upload_mx(&self, tensor: &MxTensor) -> Result<DeviceMxTensor> {
         let Layout { spec, axis, rows, cols } = *tensor.layout();
@@ -383,6 +400,11 @@ impl Context {
     /// [`Context::read`], blocking.
     pub fn read_blocking(&self, tensor: &Tensor) -> Result<Vec<u8>> {
         pollster::block_on(self.read(tensor))
+    }
+
+    /// [`Context::read_ids`], blocking.
+    pub fn read_ids_blocking(&self, ids: &Ids) -> Result<Vec<u32>> {
+        pollster::block_on(self.read_ids(ids))
     }
 
     /// [`Context::read_mx`], blocking.

@@ -24,7 +24,7 @@ pub mod report;
 pub mod rng;
 pub mod selftest;
 
-pub use engine::buffer::{DType, DeviceMxTensor, Tensor};
+pub use engine::buffer::{DType, DeviceMxTensor, Ids, Tensor};
 pub use engine::{Context, DeviceChoice, Options, Stream};
 pub use error::{Error, Result};
 pub use formats::{

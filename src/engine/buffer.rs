@@ -49,11 +49,19 @@ impl DType {
     /// The f32 bits of the element at `index`; exact.
     #[inline(always)]
     pub(crate) fn f32_bits(self, data: &[u32], index: usize) -> u32 {
-        let half = || (data[index / 2] >> (16 * (index % 2))) as u16;
         match self {
             DType::F32 => data[index],
-            DType::F16 => half::f16::from_bits(half()).to_f32().to_bits(),
-            DType::BF16 => u32::from(half()) << 16,
+            DType::F16 | DType::BF16 => self.widen(data[index / 2] >> (16 * (index % 2)) & 0xffff),
+        }
+    }
+
+    /// Bits of this type as f32's.
+    #[inline(always)]
+    pub(crate) fn widen(self, bits: u32) -> u32 {
+        match self {
+            DType::F32 => bits,
+            DType::F16 => half::f16::from_bits(bits as u16).to_f32().to_bits(),
+            DType::BF16 => bits << 16,
         }
     }
 
@@ -304,6 +312,113 @@ fn checked_row_bytes(dtype: DType, rows: usize, cols: usize) -> Result<usize> {
         _ => Err(Error::Mismatch {
             operation: "tensor",
             problem: format!("[{rows}, {cols}] has more than 2^48 elements"),
+        }),
+    }
+}
+
+/// What the kernels of training need: f32 or bf16 in rows of whole quads, and one binding.
+impl Tensor {
+    /// Checks the shape and type; `what` names the tensor in the error.
+    pub(crate) fn expect(
+        &self,
+        operation: &'static str,
+        what: &str,
+        shape: [usize; 2],
+        dtypes: &[DType],
+    ) -> Result<()> {
+        let mismatch = |problem| Err(Error::Mismatch { operation, problem });
+        if self.shape() != shape {
+            return mismatch(format!("{what} is {:?}, expected {shape:?}", self.shape()));
+        }
+        if !dtypes.contains(&self.dtype) {
+            let names: Vec<_> = dtypes.iter().map(|dtype| dtype.name()).collect();
+            return mismatch(format!("{what} is {}, expected {}", self.dtype, names.join(" or ")));
+        }
+        Ok(())
+    }
+
+    /// The only buffer on a GPU.
+    pub(crate) fn binding(&self) -> Result<&wgpu::Buffer> {
+        single(&self.data, "a tensor of a training kernel")
+    }
+
+    /// The elements on the CPU engine, as f32.
+    pub(crate) fn widened(&self) -> std::borrow::Cow<'_, [f32]> {
+        let words = self.data.cpu();
+        if self.dtype == DType::F32 {
+            return bytemuck::cast_slice(&words[..self.rows * self.cols]).into();
+        }
+        let halves: &[u16] = &bytemuck::cast_slice(words)[..self.rows * self.cols];
+        let widen = |half: &u16| f32::from_bits(self.dtype.widen(u32::from(*half)));
+        #[cfg(not(target_arch = "wasm32"))]
+        {
+            use rayon::prelude::*;
+            halves.par_iter().with_min_len(1 << 14).map(widen).collect::<Vec<_>>().into()
+        }
+        #[cfg(target_arch = "wasm32")]
+        halves.iter().map(widen).collect::<Vec<_>>().into()
+    }
+
+    /// Computes every row on the CPU engine, on all cores: `fill` gets its index and what it held.
+    pub(crate) fn fill_rows(&mut self, fill: impl Fn(usize, &mut [f32]) + Sync) {
+        let (dtype, cols) = (self.dtype, self.cols);
+        if self.rows * cols == 0 {
+            return;
+        }
+        let run = |(row, bytes): (usize, &mut [u8])| {
+            if dtype == DType::F32 {
+                return fill(row, bytemuck::cast_slice_mut(bytes));
+            }
+            let halves: &mut [u16] = bytemuck::cast_slice_mut(bytes);
+            let mut values: Vec<f32> =
+                halves.iter().map(|h| f32::from_bits(dtype.widen(u32::from(*h)))).collect();
+            fill(row, &mut values);
+            for (half, value) in halves.iter_mut().zip(values) {
+                *half = dtype.narrow(value.to_bits()) as u16;
+            }
+        };
+        let size = self.data.bytes();
+        let bytes = &mut bytemuck::cast_slice_mut::<u32, u8>(self.data.cpu_mut())[..size];
+        #[cfg(not(target_arch = "wasm32"))]
+        {
+            use rayon::prelude::*;
+            bytes.par_chunks_mut(cols * dtype.size()).enumerate().for_each(run);
+        }
+        #[cfg(target_arch = "wasm32")]
+        bytes.chunks_mut(cols * dtype.size()).enumerate().for_each(run);
+    }
+}
+
+/// Whole numbers on an engine: tokens, expert ids, offsets.
+#[derive(Debug)]
+pub struct Ids {
+    pub(crate) data: Rows,
+}
+
+impl Ids {
+    pub(crate) fn new(ctx: &Context, len: usize) -> Result<Ids> {
+        ctx.chunk_rows("ids", 1, len * 4)?;
+        Ok(Ids { data: Rows::new(ctx, "mx.ids", 1, len * 4, 1)? })
+    }
+
+    /// How many.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.data.row_bytes / 4
+    }
+
+    /// The only buffer on a GPU.
+    pub(crate) fn binding(&self) -> Result<&wgpu::Buffer> {
+        single(&self.data, "ids")
+    }
+}
+
+fn single<'a>(rows: &'a Rows, what: &str) -> Result<&'a wgpu::Buffer> {
+    match buffers(rows) {
+        [buffer] => Ok(buffer),
+        several => Err(Error::Mismatch {
+            operation: "record",
+            problem: format!("{what} has {} bindings, expected one", several.len()),
         }),
     }
 }

@@ -7,6 +7,16 @@
 
 use std::collections::HashMap;
 
+use crate::engine::buffer::DType;
+
+/// The fragments of `shaders/lib` and the bodies of `shaders`.
+macro_rules! shader {
+    ($path:literal) => {
+        include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/", $path))
+    };
+}
+pub(crate) use shader;
+
 /// What a binding of group 0 is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Binding {
@@ -88,6 +98,16 @@ impl Source {
         self.fragment(&text.replace("op_", &lower).replace("OP_", &upper))
     }
 
+    /// `NAME_Quad`, `NAME_get` and `NAME_set` for a dense binding whose rows are whole quads: see `shaders/lib/quad_f32.wgsl`.
+    pub(crate) fn quads(self, name: &str, dtype: DType) -> Source {
+        let text = match dtype {
+            DType::F32 => shader!("lib/quad_f32.wgsl"),
+            DType::BF16 => shader!("lib/quad_bf16.wgsl"),
+            DType::F16 => unreachable!("the kernels of training check that there is no f16"),
+        };
+        self.fragment(&text.replace("op_", &format!("{name}_")))
+    }
+
     pub(crate) fn build(self) -> String {
         let mut out = String::new();
         unroll(&self.text, &self.values, &mut out);
@@ -165,14 +185,6 @@ fn replace_word(text: &str, word: &str, by: &str) -> String {
     }
     out + rest
 }
-
-/// The fragments of `shaders/lib` and the bodies of `shaders`.
-macro_rules! shader {
-    ($path:literal) => {
-        include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/", $path))
-    };
-}
-pub(crate) use shader;
 
 #[cfg(test)]
 mod tests {
