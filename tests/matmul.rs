@@ -602,6 +602,23 @@ fn kinds_of_operands(ctx: &Context, step: usize) -> Result<(), Failed> {
             problems.push(problem(i as u64, &desc(a, b, shape), Spread::Wild));
         }
     }
+    // Dense operands of 16 bits, loaded 16 bytes at a time along k or across it, and word by word.
+    for (i, dtype) in [DType::F16, DType::BF16].into_iter().enumerate() {
+        let rows = dense(dtype);
+        for (j, (a, b)) in [
+            (rows, rows),
+            (rows, rows.transposed()),
+            (rows.transposed(), rows),
+            (rows.transposed(), rows.transposed()),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            for shape in [[72, 136, 256], [70, 41, 100], [200, 24, 384]] {
+                problems.push(problem((50 + 10 * i + j) as u64, &desc(a, b, shape), Spread::Near));
+            }
+        }
+    }
     // Several in one, and one that is not whole tiles; squares along k of whole blocks.
     for (a, b, shape) in [
         (MXFP4.into(), MXFP4.into(), [5, 33, 64]),

@@ -45,6 +45,9 @@ pub struct Kernel {
     pub spirv: bool,
 }
 
+/// The line of WGSL that asks [`crate::engine::spirv`] for fragments of bfloat16.
+pub(crate) const BF16_FRAGMENTS: &str = "// fragments: bf16";
+
 /// Builds a module from constants and fragments.
 #[derive(Default)]
 pub(crate) struct Source {

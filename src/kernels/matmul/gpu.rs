@@ -1,9 +1,9 @@
 //! Recording a product on a GPU, and its kernels.
 
-use super::tier::{self, Fragments, Shape};
+use super::tier::{self, Fragments, Load, Shape};
 use super::{Extras, Input, Matmul, MatmulDesc, Operand, Output, Target, Tier, Values};
 use crate::engine::buffer::{Chunk, DType, Rows, STATE_WORDS};
-use crate::engine::shader::{Binding, Kernel, Source, shader};
+use crate::engine::shader::{BF16_FRAGMENTS, Binding, Kernel, Source, shader};
 use crate::engine::{Engine, Stream};
 use crate::formats::{Block, Element, MxSpec, Rounding, ScaleFormat};
 use crate::kernels::{
@@ -310,8 +310,10 @@ struct Variant {
     shape: Shape,
     a: Operand,
     b: Operand,
-    /// Whether an operand's codes are loaded 16 bytes at a time, see [`tier::wide`].
-    nibbles: [bool; 2],
+    /// How the operands are read.
+    load: [Load; 2],
+    /// Whether lines of A and of B fill whole tiles.
+    whole: [bool; 2],
     segments: u32,
     out: Out,
     bias: bool,
@@ -333,14 +335,23 @@ enum Out {
 
 impl Variant {
     fn new(desc: &MatmulDesc, tier: Tier, shape: Shape) -> Variant {
-        let wide = matches!(shape, Shape::Tensor { .. } | Shape::Skinny { halves: true, .. });
-        let nibbles = [desc.a, desc.b].map(|operand| wide && tier::wide(&operand, desc.k));
+        let vectors = matches!(shape, Shape::Tensor { .. } | Shape::Skinny { halves: true, .. });
+        let load = |operand: &Operand, outputs| match vectors {
+            true => tier::load(operand, desc.k, outputs),
+            false => Load::Words,
+        };
+        let [bm, bn] = shape.outputs().map(|side| side as usize);
+        let tensor = matches!(shape, Shape::Tensor { .. });
         Variant {
             tier,
             shape,
             a: desc.a,
             b: desc.b,
-            nibbles,
+            load: [load(&desc.a, desc.m), load(&desc.b, desc.n)],
+            whole: [
+                tensor && desc.experts.is_none() && desc.m.is_multiple_of(bm),
+                tensor && desc.n.is_multiple_of(bn),
+            ],
             segments: if tier == Tier::Exact { tier::segments(desc) } else { 1 },
             out: match desc.out {
                 Output::Dense(dtype) => {
@@ -356,13 +367,18 @@ impl Variant {
     }
 
     fn name(&self) -> String {
-        let operand = |operand: Operand, nibbles: bool| {
+        let operand = |operand: Operand, load: Load, whole: bool| {
             let values = match operand.values {
                 Values::Mx(spec) => format_name(spec),
                 Values::Dense(dtype) => dtype.to_string(),
             };
             let transposed = if operand.transposed { "-t" } else { "" };
-            format!("{values}{transposed}{}", if nibbles { "-nibbles" } else { "" })
+            let load = match load {
+                Load::Words => "",
+                Load::Vectors => "-vectors",
+                Load::Columns => "-columns",
+            };
+            format!("{values}{transposed}{load}{}", if whole { "-whole" } else { "" })
         };
         let shape = match self.shape {
             Shape::Tile { bm, bn, tm, tn } => format!("tile{bm}x{bn}.{tm}x{tn}"),
@@ -382,8 +398,8 @@ impl Variant {
         format!(
             "matmul.{}.{shape}.{}.{}.{out}{}{}",
             self.tier,
-            operand(self.a, self.nibbles[0]),
-            operand(self.b, self.nibbles[1]),
+            operand(self.a, self.load[0], self.whole[0]),
+            operand(self.b, self.load[1], self.whole[1]),
             if self.bias { ".bias" } else { "" },
             if self.grouped { ".grouped" } else { "" }
         )
@@ -392,10 +408,8 @@ impl Variant {
     /// The bindings after the parameters: names, types, and whether they are written.
     fn storage(&self) -> Vec<(String, &'static str, bool)> {
         let mut list = Vec::new();
-        for (name, operand, nibbles) in
-            [("a", self.a, self.nibbles[0]), ("b", self.b, self.nibbles[1])]
-        {
-            let codes = if nibbles { "array<vec4<u32>>" } else { "array<u32>" };
+        for (name, operand, load) in [("a", self.a, self.load[0]), ("b", self.b, self.load[1])] {
+            let codes = if load == Load::Words { "array<u32>" } else { "array<vec4<u32>>" };
             list.push((format!("{name}_codes"), codes, false));
             if let Values::Mx(_) = operand.values {
                 list.push((format!("{name}_scales"), "array<u32>", false));
@@ -445,8 +459,10 @@ impl Variant {
 
     fn kernel(&self) -> Kernel {
         let tensor = matches!(self.shape, Shape::Tensor { .. });
+        let bf16 =
+            [self.a, self.b].iter().all(|o| o.values == Values::Dense(DType::BF16)) && tensor;
         let mut source = Source::new();
-        let (mut features, mut spirv) = (wgpu::Features::empty(), false);
+        let (mut features, mut passthrough) = (wgpu::Features::empty(), false);
         let halves = matches!(self.shape, Shape::Skinny { halves: true, .. });
         if tensor || halves {
             source = source.line("enable f16;");
@@ -454,7 +470,7 @@ impl Variant {
         }
         if halves {
             // The bits of f16 are taken as they are.
-            spirv = true;
+            passthrough = true;
             features |= wgpu::Features::PASSTHROUGH_SHADERS;
         }
         if let Shape::Tensor { side, by: by @ (Fragments::Spirv | Fragments::Wgsl), .. } =
@@ -468,8 +484,11 @@ impl Variant {
                 source = source
                     .line(&format!("alias Mat{name} = coop_mat{side}x{side}<{scalar}, {name}>;"));
             }
+            if bf16 {
+                source = source.line(BF16_FRAGMENTS);
+            }
             if by == Fragments::Spirv {
-                spirv = true;
+                passthrough = true;
                 features |= wgpu::Features::PASSTHROUGH_SHADERS;
             }
         }
@@ -510,7 +529,8 @@ impl Variant {
             .constant("SEGMENTS", self.segments)
             .constant("STAGE", self.stage())
             .flag("NIBBLES", same(self.a, self.b))
-            .flag("PAIRS", self.nibbles == [true, true])
+            .flag("PAIRS", same(self.a, self.b) && self.load == [Load::Vectors; 2])
+            .flag("BF16", bf16)
             .flag("BIAS", self.bias)
             .flag("GROUPED", self.grouped);
         source = match self.out {
@@ -519,8 +539,12 @@ impl Variant {
                 type_constants(source.append(format_constants(spec)), "X_TYPE", DType::F32)
             }
         };
-        for (name, operand) in [('a', self.a), ('b', self.b)] {
+        for (side, (name, operand)) in [('a', self.a), ('b', self.b)].into_iter().enumerate() {
             source = operand_constants(source, name, operand);
+            let prefix = name.to_ascii_uppercase();
+            source = source
+                .flag(&format!("{prefix}_COLUMNS"), self.load[side] == Load::Columns)
+                .flag(&format!("{prefix}_WHOLE"), self.whole[side]);
         }
         source = source.line("@group(0) @binding(0) var<uniform> p: Params;");
         for (binding, (name, ty, write)) in (1..).zip(self.storage()) {
@@ -560,44 +584,49 @@ impl Variant {
                 .fragment(shader!("lib/halves.wgsl"))
                 .fragment(shader!("lib/nibble_pair.wgsl"));
         }
-        for (name, operand, nibbles) in
-            [('a', self.a, self.nibbles[0]), ('b', self.b, self.nibbles[1])]
-        {
-            source = match operand.values {
-                Values::Dense(_) => source.operand(name, shader!("lib/operand_dense.wgsl")),
-                Values::Mx(_) => source.operand(name, shader!("lib/operand.wgsl")),
-            };
-            if matches!(operand.values, Values::Mx(_)) && !nibbles {
-                source = source.operand(name, shader!("lib/operand_codes.wgsl"));
-            }
-            source = match (operand.values, tensor, self.tier) {
-                (Values::Dense(_), true, _) => {
-                    source.operand(name, shader!("lib/operand_f16.wgsl"))
+        for (name, operand, load) in [('a', self.a, self.load[0]), ('b', self.b, self.load[1])] {
+            let words = load == Load::Words;
+            let fragments: &[&str] = match (operand.values, tensor, self.tier) {
+                (Values::Dense(_), true, _) if load == Load::Columns => {
+                    &[shader!("lib/operand_dense.wgsl"), shader!("lib/loader_columns.wgsl")]
                 }
-                (Values::Dense(_), false, _) => source,
-                (Values::Mx(_), true, _) => {
-                    source.operand(name, shader!("lib/operand_halves.wgsl"))
-                }
-                (Values::Mx(_), false, Tier::Exact) if nibbles => source,
-                (Values::Mx(_), false, Tier::Exact) => {
-                    source.operand(name, shader!("lib/operand_ints.wgsl"))
-                }
-                (Values::Mx(_), false, _) => {
-                    source.operand(name, shader!("lib/operand_values.wgsl"))
-                }
-            };
-            if tensor {
-                if matches!(operand.values, Values::Mx(_)) && !nibbles {
-                    source = source.operand(name, shader!("lib/operand_eight.wgsl"));
-                }
-                source = source.operand(
-                    name,
-                    if nibbles {
-                        shader!("lib/loader_nibbles.wgsl")
-                    } else {
-                        shader!("lib/loader_eight.wgsl")
+                (Values::Dense(_), true, _) => &[
+                    shader!("lib/operand_dense.wgsl"),
+                    match words {
+                        true => shader!("lib/dense_words.wgsl"),
+                        false => shader!("lib/dense_vectors.wgsl"),
                     },
-                );
+                    shader!("lib/loader_dense.wgsl"),
+                ],
+                (Values::Dense(_), false, _) => {
+                    &[shader!("lib/operand_dense.wgsl"), shader!("lib/dense_words.wgsl")]
+                }
+                (Values::Mx(_), true, _) if words => &[
+                    shader!("lib/operand.wgsl"),
+                    shader!("lib/operand_codes.wgsl"),
+                    shader!("lib/operand_halves.wgsl"),
+                    shader!("lib/operand_eight.wgsl"),
+                    shader!("lib/loader_eight.wgsl"),
+                ],
+                (Values::Mx(_), true, _) => &[
+                    shader!("lib/operand.wgsl"),
+                    shader!("lib/operand_halves.wgsl"),
+                    shader!("lib/loader_nibbles.wgsl"),
+                ],
+                (Values::Mx(_), false, Tier::Exact) if !words => &[shader!("lib/operand.wgsl")],
+                (Values::Mx(_), false, Tier::Exact) => &[
+                    shader!("lib/operand.wgsl"),
+                    shader!("lib/operand_codes.wgsl"),
+                    shader!("lib/operand_ints.wgsl"),
+                ],
+                (Values::Mx(_), false, _) => &[
+                    shader!("lib/operand.wgsl"),
+                    shader!("lib/operand_codes.wgsl"),
+                    shader!("lib/operand_values.wgsl"),
+                ],
+            };
+            for fragment in fragments {
+                source = source.operand(name, fragment);
             }
         }
         source = source
@@ -647,7 +676,7 @@ impl Variant {
             bindings: self.bindings(),
             workgroup_size: self.workgroup(),
             features,
-            spirv,
+            spirv: passthrough,
         }
     }
 }
@@ -729,9 +758,14 @@ pub fn kernels() -> Vec<Kernel> {
     for (tier, shape) in shapes {
         let tensor = tier == Tier::Tensor;
         let halves = matches!(shape, Shape::Skinny { halves: true, .. });
-        let nibbles = |values| tier::wide(&Operand { values, transposed: false }, 128);
+        let reads = |values| match tensor || halves {
+            true => tier::load(&Operand { values, transposed: false }, 128, 128),
+            false => Load::Words,
+        };
         let takes = |values: Values| match tier {
-            Tier::Exact if halves => nibbles(values),
+            Tier::Exact if halves => {
+                reads(values) == Load::Vectors && matches!(values, Values::Mx(_))
+            }
             Tier::Exact => tier::integers(values),
             Tier::Tensor => !matches!(values, Values::Dense(DType::F32 | DType::BF16)),
             _ => true,
@@ -741,7 +775,8 @@ pub fn kernels() -> Vec<Kernel> {
             shape,
             a: Operand { values: a, transposed: false },
             b: Operand { values: b, transposed: false },
-            nibbles: [a, b].map(|v| (tensor || halves) && nibbles(v)),
+            load: [a, b].map(reads),
+            whole: [false; 2],
             segments: match (
                 tier,
                 [a, b].iter().any(|v| matches!(v, Values::Mx(s) if s.block.len() < 32)),
@@ -758,14 +793,42 @@ pub fn kernels() -> Vec<Kernel> {
             for b in values.iter().copied().filter(|v| takes(*v)) {
                 variants.push(plain(a, b));
             }
+            if !halves && reads(a) != Load::Words {
+                variants.push(Variant { load: [Load::Words; 2], ..plain(a, a) });
+            }
             if matches!(a, Values::Dense(_)) || matches!(a, Values::Mx(s) if s.block.lines() > 1) {
                 let mut variant = plain(mxfp4, a);
                 if takes(mxfp4) && !halves {
-                    variant.nibbles[1] = false;
                     variant.b.transposed = true;
+                    variant.load[1] = Load::Words;
                     variants.push(variant);
+                    if tensor && matches!(a, Values::Dense(_)) {
+                        variants.push(Variant {
+                            a: variant.b,
+                            load: [Load::Columns; 2],
+                            ..variant
+                        });
+                        variant.b.transposed = false;
+                        variants.push(variant);
+                    }
                 }
             }
+        }
+        if tensor {
+            variants.push(Variant { whole: [true; 2], ..plain(mxfp4, mxfp4) });
+        }
+        if matches!(shape, Shape::Tensor { by: Fragments::Spirv | Fragments::Emulated, .. }) {
+            let bf16 = plain(Values::Dense(DType::BF16), Values::Dense(DType::BF16));
+            let transposed = Operand { transposed: true, ..bf16.a };
+            variants.push(Variant { b: transposed, load: [Load::Vectors, Load::Columns], ..bf16 });
+            variants.push(Variant {
+                a: transposed,
+                b: transposed,
+                load: [Load::Columns; 2],
+                ..bf16
+            });
+            variants.push(Variant { load: [Load::Words; 2], ..bf16 });
+            variants.push(bf16);
         }
         for (bias, grouped) in [(true, false), (false, true), (true, true)] {
             variants.push(Variant { bias, grouped, ..plain(mxfp4, mxfp4) });
