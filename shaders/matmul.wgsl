@@ -13,6 +13,7 @@ const STRIPS = BM / STRIP_ROWS;
 var<workgroup> memory: array<vec4<Word>, max(WORDS * ROWS, STRIP_ROWS * BN) / 4u>;
 
 fn strip_get(i: u32) -> f32 { return bitcast<f32>(memory[i / 4u][i % 4u]); }
+fn strip_get4(i: u32) -> vec4<f32> { return bitcast<vec4<f32>>(memory[i / 4u]); }
 fn strip_put(i: u32, bits: u32) { memory[i / 4u][i % 4u] = bitcast<Word>(bits); }
 
 fn a_index(tile: Tile, r: u32) -> u32 { return min(tile.row + r, tile.row + tile.rows - 1u); }

@@ -5,6 +5,7 @@ var<workgroup> memory: array<vec4<u32>, SLICES * max(TILE_UNITS, STRIP_VECTORS)>
 
 fn tile_put(unit: u32, h: vec4<u32>) { memory[own_slice * TILE_UNITS + unit] = h; }
 fn strip_get(i: u32) -> f32 { return bitcast<f32>(memory[i / 4u][i % 4u]); }
+fn strip_get4(i: u32) -> vec4<f32> { return bitcast<vec4<f32>>(memory[i / 4u]); }
 
 // The slices' sums of this strip, put together.
 fn strip_join(lane: u32) {

@@ -10,6 +10,7 @@ fn tile_put(unit: u32, h: vec4<u32>) {
 // One slice only.
 fn strip_join(lane: u32) { }
 fn strip_get(i: u32) -> f32 { return strip[i]; }
+fn strip_get4(i: u32) -> vec4<f32> { return vec4<f32>(strip[i], strip[i + 1u], strip[i + 2u], strip[i + 3u]); }
 fn strip_put(i: u32, bits: u32) { strip[i] = bitcast<f32>(bits); }
 
 alias Sums = array<MatC, FM * FN>;

@@ -320,17 +320,31 @@ struct Variant {
     grouped: bool,
 }
 
+/// What rows of a dense output are whole multiples of.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Ends {
+    /// Four elements.
+    Quads,
+    /// Words.
+    Words,
+    /// Elements of 16 bits: two rows may share a word.
+    Halves,
+}
+
+impl Ends {
+    fn of(dtype: DType, n: usize) -> Ends {
+        match (dtype.size(), n % 4) {
+            (_, 0) => Ends::Quads,
+            (2, 1 | 3) => Ends::Halves,
+            _ => Ends::Words,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 enum Out {
-    /// odd: rows end within words.
-    Dense {
-        dtype: DType,
-        odd: bool,
-    },
-    Mx {
-        spec: MxSpec,
-        stochastic: bool,
-    },
+    Dense { dtype: DType, ends: Ends },
+    Mx { spec: MxSpec, stochastic: bool },
 }
 
 impl Variant {
@@ -354,9 +368,7 @@ impl Variant {
             ],
             segments: if tier == Tier::Exact { tier::segments(desc) } else { 1 },
             out: match desc.out {
-                Output::Dense(dtype) => {
-                    Out::Dense { dtype, odd: dtype.size() == 2 && !desc.n.is_multiple_of(2) }
-                }
+                Output::Dense(dtype) => Out::Dense { dtype, ends: Ends::of(dtype, desc.n) },
                 Output::Mx(QuantizeDesc { spec, rounding, .. }) => {
                     Out::Mx { spec, stochastic: rounding != Rounding::NearestEven }
                 }
@@ -390,7 +402,7 @@ impl Variant {
             }
         };
         let out = match self.out {
-            Out::Dense { dtype, odd } => format!("{dtype}{}", if odd { "-odd" } else { "" }),
+            Out::Dense { dtype, ends } => format!("{dtype}-{ends:?}").to_lowercase(),
             Out::Mx { spec, stochastic } => {
                 format!("{}{}", format_name(spec), if stochastic { "-stochastic" } else { "" })
             }
@@ -417,12 +429,14 @@ impl Variant {
             }
         }
         match self.out {
-            Out::Dense { odd, .. } => {
-                list.push((
-                    "y".into(),
-                    if odd { "array<atomic<u32>>" } else { "array<u32>" },
-                    true,
-                ));
+            Out::Dense { dtype, ends } => {
+                let ty = match (ends, dtype) {
+                    (Ends::Quads, DType::F32) => "array<vec4<u32>>",
+                    (Ends::Quads, _) => "array<vec2<u32>>",
+                    (Ends::Words, _) => "array<u32>",
+                    (Ends::Halves, _) => "array<atomic<u32>>",
+                };
+                list.push(("y".into(), ty, true));
             }
             Out::Mx { .. } => {
                 list.push(("codes".into(), "array<CodesWord>", true));
@@ -454,6 +468,18 @@ impl Variant {
         match self.shape {
             Shape::Tensor { subgroups: [m, n], slices, .. } => 32 * m * n * slices,
             _ => WORKGROUP,
+        }
+    }
+
+    /// Rows of outputs that go through workgroup memory at a time.
+    fn strip_rows(&self) -> u32 {
+        match self.shape {
+            Shape::Tile { .. } => match self.out {
+                Out::Mx { spec, .. } if spec.block.lines() > 1 => 32,
+                _ => 16,
+            },
+            Shape::Skinny { m, .. } => m,
+            Shape::Tensor { subgroups, side, .. } => subgroups[0] * side,
         }
     }
 
@@ -494,16 +520,13 @@ impl Variant {
         }
         source = source.constant("WG", self.workgroup()).constant("RASTER", RASTER);
         source = match self.shape {
-            Shape::Tile { bm, bn, tm, tn } => {
-                let square = matches!(self.out, Out::Mx { spec, .. } if spec.block.lines() > 1);
-                source
-                    .constant("BM", bm)
-                    .constant("BN", bn)
-                    .constant("TM", tm)
-                    .constant("TN", tn)
-                    .constant("UNITS", ((bm + bn) * self.stage() / 8).div_ceil(WORKGROUP))
-                    .constant("STRIP_ROWS", if square { 32 } else { 16 })
-            }
+            Shape::Tile { bm, bn, tm, tn } => source
+                .constant("BM", bm)
+                .constant("BN", bn)
+                .constant("TM", tm)
+                .constant("TN", tn)
+                .constant("UNITS", ((bm + bn) * self.stage() / 8).div_ceil(WORKGROUP))
+                .constant("STRIP_ROWS", self.strip_rows()),
             Shape::Skinny { m, rn, .. } => source
                 .constant("M", m)
                 .constant("RN", rn)
@@ -519,6 +542,10 @@ impl Variant {
                 .constant("A_UNITS", self.shape.outputs()[0] / (self.workgroup() / slices / 4))
                 .constant("B_UNITS", self.shape.outputs()[1] / (self.workgroup() / slices / 4)),
         };
+        // As shaders/lib/output_quads.wgsl has it.
+        let [_, bn] = self.shape.outputs();
+        let down = self.workgroup() / (bn / 4).min(self.workgroup());
+        source = source.constant("STORE_ROWS", self.strip_rows().div_ceil(down));
         let same = |a: Operand, b: Operand| match (a.values, b.values) {
             (Values::Mx(a), Values::Mx(b)) => {
                 a.element == Element::E2M1 && b.element == Element::E2M1
@@ -555,13 +582,14 @@ impl Variant {
         }
         source = source.fragment(shader!("lib/matmul_params.wgsl"));
         source = match self.out {
-            Out::Dense { odd, .. } => source
+            Out::Dense { dtype, ends } => source
                 .fragment(shader!("lib/float.wgsl"))
                 .fragment(shader!("lib/narrow.wgsl"))
-                .fragment(if odd {
-                    shader!("lib/y_atomic.wgsl")
-                } else {
-                    shader!("lib/y_plain.wgsl")
+                .fragment(match (ends, dtype) {
+                    (Ends::Quads, DType::F32) => shader!("lib/y_quads_f32.wgsl"),
+                    (Ends::Quads, _) => shader!("lib/y_quads_16.wgsl"),
+                    (Ends::Words, _) => shader!("lib/y_plain.wgsl"),
+                    (Ends::Halves, _) => shader!("lib/y_atomic.wgsl"),
                 }),
             Out::Mx { spec, stochastic } => codec(source, spec)
                 .fragment(if stochastic {
@@ -642,6 +670,7 @@ impl Variant {
             })
             .fragment(shader!("lib/finish.wgsl"))
             .fragment(match self.out {
+                Out::Dense { ends: Ends::Quads, .. } => shader!("lib/output_quads.wgsl"),
                 Out::Dense { .. } => shader!("lib/output_dense.wgsl"),
                 Out::Mx { .. } => shader!("lib/output_mx.wgsl"),
             });
@@ -784,7 +813,7 @@ pub fn kernels() -> Vec<Kernel> {
                 (Tier::Exact, true) => 2,
                 _ => 1,
             },
-            out: Out::Dense { dtype: DType::F32, odd: false },
+            out: Out::Dense { dtype: DType::F32, ends: Ends::Quads },
             bias: false,
             grouped: false,
         };
@@ -833,10 +862,11 @@ pub fn kernels() -> Vec<Kernel> {
         for (bias, grouped) in [(true, false), (false, true), (true, true)] {
             variants.push(Variant { bias, grouped, ..plain(mxfp4, mxfp4) });
         }
-        for (dtype, odd) in
-            [(DType::F16, false), (DType::F16, true), (DType::BF16, false), (DType::BF16, true)]
-        {
-            variants.push(Variant { out: Out::Dense { dtype, odd }, ..plain(mxfp4, mxfp4) });
+        for dtype in DType::ALL {
+            for n in [4, 2, 1] {
+                let out = Out::Dense { dtype, ends: Ends::of(dtype, n) };
+                variants.push(Variant { out, ..plain(mxfp4, mxfp4) });
+            }
         }
         let skinny = matches!(shape, Shape::Skinny { .. });
         let packs = !skinny
