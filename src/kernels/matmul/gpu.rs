@@ -542,10 +542,6 @@ impl Variant {
                 .constant("A_UNITS", self.shape.outputs()[0] / (self.workgroup() / slices / 4))
                 .constant("B_UNITS", self.shape.outputs()[1] / (self.workgroup() / slices / 4)),
         };
-        // As shaders/lib/output_quads.wgsl has it.
-        let [_, bn] = self.shape.outputs();
-        let down = self.workgroup() / (bn / 4).min(self.workgroup());
-        source = source.constant("STORE_ROWS", self.strip_rows().div_ceil(down));
         let same = |a: Operand, b: Operand| match (a.values, b.values) {
             (Values::Mx(a), Values::Mx(b)) => {
                 a.element == Element::E2M1 && b.element == Element::E2M1
