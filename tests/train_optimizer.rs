@@ -8,8 +8,8 @@ use common::{assert_bytes, garbage, gaussian, narrowed, to_f32, words};
 use libtest_mimic::{Failed, Trial};
 use microscaling::kernels::{AdamW, AdamWDesc, AdamWState, GradientNorm, Moments, StepScalars};
 use microscaling::{
-    Axis, Block, Context, DType, Element, MXFP4, MxSpec, NVFP4, Options, Quantize, QuantizeDesc,
-    Rounding, ScaleFormat, ScaleRule, Tensor, wgpu,
+    Axis, Block, Context, DType, Element, MXFP4, Matmul, MatmulDesc, MxSpec, NVFP4, Options,
+    Quantize, QuantizeDesc, Rounding, ScaleFormat, ScaleRule, Tensor, wgpu,
 };
 
 const SUITE: &[(&str, Test)] = &[
@@ -125,7 +125,8 @@ impl Parameter {
             Moments::F32 => [dense(DType::F32, &a), dense(DType::F32, &b)],
             Moments::BF16 => [dense(DType::BF16, &a), dense(DType::BF16, &b)],
             Moments::FP8 => {
-                let scale = |i: usize, which: usize| 2f64.powi(i32::from(b[i / 128 * 4 + which]) - 127);
+                let scale =
+                    |i: usize, which: usize| 2f64.powi(i32::from(b[i / 128 * 4 + which]) - 127);
                 let code = |i: usize, which: usize| a[i / 8 * 16 + 8 * which + i % 8];
                 let e4m4 = |c: u8| match c / 16 {
                     0 => f64::from(c),
@@ -748,6 +749,21 @@ fn packed_weights_equal_quantize(ctx: &Context, step: usize) -> Result<(), Faile
         let count = ctx.nonfinite_blocks_blocking(&packed)?;
         assert_eq!(count, ctx.nonfinite_blocks_blocking(&want)?, "{what}");
         assert_eq!(count, 1, "{what}");
+        // A product reads the anchors too.
+        if quantize.spec.block.lines() > 1 && quantize.axis == Axis::One {
+            let operand = quantize.spec.into();
+            let (a, b) = (operand, operand);
+            let desc = MatmulDesc { m: rows, n: rows, k: cols, a, b, ..Default::default() };
+            let matmul = Matmul::new(ctx, &desc)?;
+            let product = |packed| -> Result<Vec<u8>, Failed> {
+                let mut y = ctx.zeros(DType::F32, rows, rows)?;
+                let mut stream = ctx.stream();
+                matmul.record(&mut stream, packed, packed, &mut y)?;
+                ctx.submit(stream)?;
+                Ok(ctx.read_blocking(&y)?)
+            };
+            assert_bytes(&format!("product of {what}"), &product(&packed)?, &product(&want)?);
+        }
         // The same update as without packing, but for what another compilation of the same formulas may do: a rounding of
         // f32 that may in turn carry a stochastic one over, where there is one.
         let steps = if master == DType::BF16 { 1.0 / 128.0 } else { 16.0 * U };
@@ -760,6 +776,12 @@ fn packed_weights_equal_quantize(ctx: &Context, step: usize) -> Result<(), Faile
         let far = a.iter().zip(&b).filter(|pair| !close(pair)).count();
         let allowed = if exact { 0 } else { rows * cols / 100 };
         assert!(far <= allowed, "{far} of {} weights differ, {what}", rows * cols);
+        let step = [16.0 * U, 1.0 / 128.0, 0.25][moments as usize];
+        for (a, b) in fused.moments(ctx)?.into_iter().zip(plain.moments(ctx)?) {
+            let far = |(a, b): &(f64, f64)| (a - b).abs() > step * b.abs() + 1e-12;
+            let far = a.into_iter().zip(b).filter(far).count();
+            assert!(far <= allowed, "{far} of {} moments differ, {what}", rows * cols);
+        }
     }
     Ok(())
 }

@@ -503,82 +503,46 @@ impl Step {
             return;
         }
         let factor = norm[1];
-        let elements = desc.elements();
         let bits = [0, 1, 2].map(|what| {
             let rounding = Rounding::Stochastic { seed: self.seed, stream: self.stream + what };
-            RoundingBits::new(rounding, elements)
+            RoundingBits::new(rounding, desc.elements())
         });
-        let [Some(w_bits), Some(m_bits), Some(v_bits)] = &bits else { return };
-        let (w_size, moments) = (desc.master.size(), desc.moments);
-        // Bytes of a block in the state's two tensors.
+        let [Some(w_bits), Some(m_bits), Some(v_bits)] = bits else { return };
+        let (master, moments) = (desc.master, desc.moments);
+        let twin = Twin { step: *self, factor, master, moments, w_bits, m_bits, v_bits };
+        // Bytes of a block: of the weight, of the state's two tensors.
+        let w_size = BLOCK * master.size();
         let [a_size, b_size] = match moments {
             Moments::F32 => [4 * BLOCK; 2],
             Moments::BF16 => [2 * BLOCK; 2],
             Moments::FP8 => [2 * BLOCK, 4],
         };
-        let run =
-            |(i, (((w, g), a), b)): (usize, (((&mut [u8], &[f32]), &mut [u8]), &mut [u8]))| {
-                let blocks = w.chunks_mut(BLOCK * w_size).zip(g.chunks(BLOCK));
-                let state = a.chunks_mut(a_size).zip(b.chunks_mut(b_size));
-                for (j, ((w, g), (a, b))) in blocks.zip(state).enumerate() {
-                    // The random halves of the block's elements; elements are one row.
-                    let block = i * PIECE + j;
-                    let halves = |bits: &RoundingBits| {
-                        let mut out = [0u16; BLOCK];
-                        for (k, out) in
-                            out.chunks_exact_mut(8).enumerate().take(g.len().div_ceil(8))
-                        {
-                            out.copy_from_slice(&bits.group(0, block * (BLOCK / 8) + k));
-                        }
-                        out
-                    };
-                    let mut x = [[0f32; BLOCK]; 3];
-                    let [wx, m, v] = &mut x;
-                    load(w, desc.master, wx);
-                    match moments {
-                        Moments::FP8 => load_fp8(a, b, m, v),
-                        dense => {
-                            load(a, dense.dtype(), m);
-                            load(b, dense.dtype(), v);
-                        }
-                    }
-                    for (((g, w), m), v) in g.iter().zip(&mut *wx).zip(&mut *m).zip(&mut *v) {
-                        self.element(factor * g, w, m, v);
-                    }
-                    store(wx, desc.master, || halves(w_bits), w);
-                    match moments {
-                        Moments::FP8 => store_fp8(m, v, &halves(m_bits), &halves(v_bits), a, b),
-                        dense => {
-                            store(m, dense.dtype(), || halves(m_bits), a);
-                            store(v, dense.dtype(), || halves(v_bits), b);
-                        }
-                    }
-                }
-            };
+        let piece = |i: usize, w: &mut [u8], g: &[f32], a: &mut [u8], b: &mut [u8]| {
+            let weights = w.chunks_mut(w_size).zip(g.chunks(BLOCK));
+            let states = a.chunks_mut(a_size).zip(b.chunks_mut(b_size));
+            for (j, ((w, g), (a, b))) in weights.zip(states).enumerate() {
+                twin.block(i * PIECE + j, w, g, a, b);
+            }
+        };
         let grad = grad.widened();
-        let w_bytes = w.bytes();
-        let w = &mut bytemuck::cast_slice_mut::<u32, u8>(w.data.cpu_mut())[..w_bytes];
-        let [a, b] = &mut state.parts;
-        let (a_bytes, b_bytes) = (a.1.bytes(), b.1.bytes());
-        let a = &mut bytemuck::cast_slice_mut::<u32, u8>(a.1.cpu_mut())[..a_bytes];
-        let b = &mut bytemuck::cast_slice_mut::<u32, u8>(b.1.cpu_mut())[..b_bytes];
+        let w = bytes_mut(&mut w.data);
+        let [(_, a), (_, b)] = &mut state.parts;
+        let (a, b) = (bytes_mut(a), bytes_mut(b));
         #[cfg(not(target_arch = "wasm32"))]
         {
             use rayon::prelude::*;
-            w.par_chunks_mut(PIECE * BLOCK * w_size)
+            w.par_chunks_mut(PIECE * w_size)
                 .zip(grad.par_chunks(PIECE * BLOCK))
-                .zip(a.par_chunks_mut(PIECE * a_size))
-                .zip(b.par_chunks_mut(PIECE * b_size))
+                .zip(a.par_chunks_mut(PIECE * a_size).zip(b.par_chunks_mut(PIECE * b_size)))
                 .enumerate()
-                .for_each(run);
+                .for_each(|(i, ((w, g), (a, b)))| piece(i, w, g, a, b));
         }
         #[cfg(target_arch = "wasm32")]
-        w.chunks_mut(PIECE * BLOCK * w_size)
+        w.chunks_mut(PIECE * w_size)
             .zip(grad.chunks(PIECE * BLOCK))
-            .zip(a.chunks_mut(PIECE * a_size))
-            .zip(b.chunks_mut(PIECE * b_size))
+            .zip(a.chunks_mut(PIECE * a_size).zip(b.chunks_mut(PIECE * b_size)))
             .enumerate()
-            .for_each(run);
+            .for_each(|(i, ((w, g), (a, b)))| piece(i, w, g, a, b));
     }
 
     #[inline(always)]
@@ -586,6 +550,55 @@ impl Step {
         *m += self.rest1 * (g - *m);
         *v = self.beta2 * *v + self.rest2 * (g * g);
         *w -= self.rate * (*m / (v.sqrt() * self.root + self.epsilon)) + self.decay * *w;
+    }
+}
+
+fn bytes_mut(rows: &mut Rows) -> &mut [u8] {
+    let bytes = rows.bytes();
+    &mut bytemuck::cast_slice_mut(rows.cpu_mut())[..bytes]
+}
+
+struct Twin {
+    step: Step,
+    factor: f32,
+    master: DType,
+    moments: Moments,
+    w_bits: RoundingBits,
+    m_bits: RoundingBits,
+    v_bits: RoundingBits,
+}
+
+impl Twin {
+    /// Up to 128 elements: the bytes of the weight, the gradient, the bytes of the state's two tensors.
+    fn block(&self, block: usize, w: &mut [u8], g: &[f32], a: &mut [u8], b: &mut [u8]) {
+        let halves = |bits: &RoundingBits| {
+            let mut out = [0; BLOCK];
+            let groups = out.chunks_exact_mut(8).take(g.len().div_ceil(8));
+            for (i, out) in groups.enumerate() {
+                out.copy_from_slice(&bits.group(0, block * (BLOCK / 8) + i));
+            }
+            out
+        };
+        let [mut x, mut m, mut v] = [[0f32; BLOCK]; 3];
+        load(w, self.master, &mut x);
+        match self.moments {
+            Moments::FP8 => load_fp8(a, b, &mut m, &mut v),
+            dense => {
+                load(a, dense.dtype(), &mut m);
+                load(b, dense.dtype(), &mut v);
+            }
+        }
+        for (((g, x), m), v) in g.iter().zip(&mut x).zip(&mut m).zip(&mut v) {
+            self.step.element(self.factor * g, x, m, v);
+        }
+        store(&x, self.master, || halves(&self.w_bits), w);
+        match self.moments {
+            Moments::FP8 => store_fp8(&m, &v, &halves(&self.m_bits), &halves(&self.v_bits), a, b),
+            dense => {
+                store(&m, dense.dtype(), || halves(&self.m_bits), a);
+                store(&v, dense.dtype(), || halves(&self.v_bits), b);
+            }
+        }
     }
 }
 

@@ -15,7 +15,7 @@
 //! an exponent gains nothing from a finer one, decoding is exact, and it is a byte.
 //!
 //! Why stochastic: v decays by the factor β2 a step. To nearest, a decay of 5% never leaves a code whose neighbour is 6% to
-//! 12% away, and v sticks to its largest value (arXiv 2603.16731 calls it stale). Rounding √v stochastically keeps its
+//! 12% away, and v sticks to its largest value (arXiv 2603.16731 calls such states stale). Rounding √v stochastically keeps its
 //! expectation but not v's: E[q²] = v + Var q. That excess, a relative 0.00035 on average and 0.0014 in E4M3, comes back every
 //! step: v is too large by the factor 1 / (1 − 0.00035 β2 / (1 − β2)), and grows without bound where there is none. So the
 //! root rounds up with the probability (v − a²) / (b² − a²) between the neighbours a and b: then E[q²] = v. The noise that
