@@ -715,7 +715,7 @@ fn packed_weights_equal_quantize(ctx: &Context, step: usize) -> Result<(), Faile
     let two = two.map(|(desc, shape)| (desc, (DType::F32, Moments::FP8), shape));
     for (quantize, (master, moments), (rows, cols)) in cases.chain(two) {
         let desc = AdamWDesc { master, moments, ..AdamWDesc::new(rows, cols) };
-        let what = format!("{quantize:?} {desc:?}");
+        let (spec, what) = (quantize.spec, format!("{quantize:?} {desc:?}"));
         let mut w = gaussian(1, rows * cols);
         w[rows * cols - 1] = f32::INFINITY;
         let mut fused = Parameter::new(ctx, &desc, &w)?;
@@ -750,8 +750,8 @@ fn packed_weights_equal_quantize(ctx: &Context, step: usize) -> Result<(), Faile
         assert_eq!(count, ctx.nonfinite_blocks_blocking(&want)?, "{what}");
         assert_eq!(count, 1, "{what}");
         // A product reads the anchors too.
-        if quantize.spec.block.lines() > 1 && quantize.axis == Axis::One {
-            let operand = quantize.spec.into();
+        if spec.block.lines() > 1 && spec.element == Element::E2M1 && moments == Moments::F32 {
+            let operand = spec.into();
             let (a, b) = (operand, operand);
             let desc = MatmulDesc { m: rows, n: rows, k: cols, a, b, ..Default::default() };
             let matmul = Matmul::new(ctx, &desc)?;

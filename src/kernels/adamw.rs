@@ -1,13 +1,14 @@
 //! AdamW (Loshchilov and Hutter, arXiv 1711.05101; PyTorch's formula), one dispatch a parameter.
 //!
 //! ```text
-//! g  = factor · grad                                  factor from [`crate::kernels::GradientNorm`], on the device
+//! g  = factor · grad
 //! m += (1 − β1) (g − m)
 //! v  = β2 v + (1 − β2) g²
 //! w −= lr / (1 − β1^step) · m / (√v / √(1 − β2^step) + ε) + lr · weight_decay · w
 //! ```
 //!
-//! Where the norm says that a gradient is not finite, nothing is changed.
+//! The factor is [`crate::kernels::GradientNorm`]'s and is read on the device. Where that says that a gradient is not
+//! finite, nothing is changed.
 //!
 //! The weight is f32 or bf16, the moments f32, bf16 or eight bits (see `adamw/fp8.rs`); computed with is f32, and the update sees
 //! the moments before they are rounded. What is stored in fewer bits is rounded stochastically, or updates below half a
