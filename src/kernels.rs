@@ -4,15 +4,19 @@
 //! A host with its own scheduler takes a [`Kernel`] from [`quantize::kernels`] or [`dequantize::kernels`] and runs it
 //! itself; [`Quantize::record`] and [`Dequantize::record`] are the other way in.
 
+pub mod adamw;
 pub mod anchors;
 pub mod copy;
 pub mod dequantize;
+pub mod gradient_norm;
 pub mod matmul;
 pub mod peak;
 pub mod quantize;
 
+pub use adamw::{AdamW, AdamWDesc, AdamWState, Moments, StepScalars};
 pub use copy::Copy;
 pub use dequantize::{Dequantize, DequantizeDesc};
+pub use gradient_norm::GradientNorm;
 pub use matmul::{Extras, Groups, Matmul, MatmulDesc, Operand, Output, Tier, Values};
 pub use peak::Peak;
 pub use quantize::{Quantize, QuantizeDesc};
@@ -29,6 +33,8 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(copy::kernels());
     kernels.extend(peak::kernels());
     kernels.extend(matmul::kernels());
+    kernels.extend(adamw::kernels());
+    kernels.extend(gradient_norm::kernels());
     kernels
 }
 
