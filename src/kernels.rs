@@ -4,12 +4,20 @@
 //! A host with its own scheduler takes a [`Kernel`] from [`quantize::kernels`] or [`dequantize::kernels`] and runs it
 //! itself; [`Quantize::record`] and [`Dequantize::record`] are the other way in.
 
+pub(crate) mod act;
+pub mod add;
 pub mod anchors;
 pub mod copy;
+pub mod cross_entropy;
 pub mod dequantize;
+pub mod embedding;
 pub mod matmul;
 pub mod peak;
 pub mod quantize;
+pub mod reduce;
+pub mod rmsnorm;
+pub mod sort;
+pub mod swiglu;
 
 pub use copy::Copy;
 pub use dequantize::{Dequantize, DequantizeDesc};
@@ -29,6 +37,13 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(copy::kernels());
     kernels.extend(peak::kernels());
     kernels.extend(matmul::kernels());
+    kernels.extend(add::kernels());
+    kernels.extend(cross_entropy::kernels());
+    kernels.extend(embedding::kernels());
+    kernels.extend(reduce::kernels());
+    kernels.extend(rmsnorm::kernels());
+    kernels.extend(sort::kernels());
+    kernels.extend(swiglu::kernels());
     kernels
 }
 
