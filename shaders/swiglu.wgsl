@@ -29,7 +29,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     for (var i = 0u; i < STEPS; i++) { // unroll
         let g = gu_get(gates[i]);
         if (first + i * WG < p.vectors) {
-            h[first + i * WG] = h_set(at_least(g) * sigmoid(g).of * gu_get(ups[i]));
+            h[first + i * WG] = h_set(at_least(g) * sigmoid(g).plus * gu_get(ups[i]));
         }
     }
 }

@@ -36,8 +36,8 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         let s = sigmoid(g);
         if (at < p.vectors) {
             let gate = at + at / p.quads * p.quads;
-            dgu[gate] = dgu_set(d * u * (s.of * (1.0 + at_most(at_least(g)) * s.of_minus)));
-            dgu[gate + p.quads] = dgu_set(d * (at_least(g) * s.of));
+            dgu[gate] = dgu_set(d * u * (s.plus * (1.0 + at_most(at_least(g)) * s.minus)));
+            dgu[gate + p.quads] = dgu_set(d * (at_least(g) * s.plus));
         }
     }
 }

@@ -1,6 +1,6 @@
 // σ(g) and σ(−g), without overflow. Where |g| > 128 they are 0 and 1, as they are in f32 from 104 on.
 
-struct Sigmoid { of: vec4<f32>, of_minus: vec4<f32> }
+struct Sigmoid { plus: vec4<f32>, minus: vec4<f32> }
 
 fn sigmoid(g: vec4<f32>) -> Sigmoid {
     let e = exp(-min(abs(g), vec4<f32>(128.0)));
