@@ -5,7 +5,7 @@
 //           token's first piece behind it. No two share one: a token's pieces begin PIECE apart, and of two tokens with
 //           several pieces the second's first begins more than PIECE after the first's first, its second one more still.
 // Numerics: f32 additions in this order and no others
-// Dispatch: ceil(rows · quads / WG) workgroups, spread over x and y; most invocations find that no piece begins at theirs
+// Dispatch: ceil(rows / PIECE) workgroups, spread over x and y, each for the pieces that begin at PIECE places of the order
 // Twin:     src/kernels/embedding.rs
 
 struct Params {
@@ -23,17 +23,28 @@ struct Params {
 @group(0) @binding(5) var<storage, read_write> dtable: array<vec4<f32>>;
 @group(0) @binding(6) var<storage, read_write> parts: array<vec4<f32>>;
 
+// Where this workgroup's pieces begin, in no order.
+var<workgroup> wg_places: array<u32, PIECE>;
+var<workgroup> wg_pieces: atomic<u32>;
+
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3<u32>,
         @builtin(local_invocation_index) lane: u32) {
-    let index = (wg.y * wgs.x + wg.x) * WG + lane;
-    let place = index / p.quads;
-    let q = index % p.quads;
-    if (place >= starts[p.vocabulary]) { return; }
+    if (lane == 0u) { atomicStore(&wg_pieces, 0u); }
+    workgroupBarrier();
+    let mine = (wg.y * wgs.x + wg.x) * PIECE + lane;
+    if (lane < PIECE && mine < starts[p.vocabulary]) {
+        if ((mine - starts[tokens[order[mine]]]) % PIECE == 0u) { wg_places[atomicAdd(&wg_pieces, 1u)] = mine; }
+    }
+    workgroupBarrier();
+    let items = atomicLoad(&wg_pieces) * p.quads;
+    for (var item = lane; item < items; item += WG) { sum_piece(wg_places[item / p.quads], item % p.quads); }
+}
+
+fn sum_piece(place: u32, q: u32) {
     let token = tokens[order[place]];
     let begin = starts[token];
     let end = starts[token + 1u];
-    if ((place - begin) % PIECE != 0u) { return; }
     let stop = min(place + PIECE, end);
     var sum = vec4<f32>();
     var at = place;

@@ -21,7 +21,7 @@ pub(crate) const STEPS: u32 = 4;
 pub(crate) fn shape(operation: &'static str, what: &str, x: &Tensor) -> Result<[usize; 2]> {
     x.expect(operation, what, x.shape(), ACT)?;
     let [rows, cols] = x.shape();
-    if rows == 0 || cols == 0 || cols % 4 != 0 {
+    if rows == 0 || cols == 0 || !cols.is_multiple_of(4) {
         return Err(Error::Mismatch {
             operation,
             problem: format!(
@@ -47,9 +47,9 @@ pub(crate) fn expect_len(
     }
 }
 
-/// All of these must live on the stream's engine.
+/// Each of these must live on the stream's engine.
 pub(crate) fn check_same(stream: &Stream<'_>, tensors: &[&Rows]) -> Result<()> {
-    tensors.iter().try_for_each(|tensor| stream.context().check_same(tensor, tensor))
+    tensors.iter().try_for_each(|tensor| stream.context().check_same(tensors[0], tensor))
 }
 
 /// A kernel whose parameters are followed by these bindings.
@@ -87,16 +87,17 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
 /// standard library's it vectorises.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    // x = n·ln 2 + r, n whole: adding 1.5·2²³ leaves no fraction bits. ln 2 in two parts, so that n·(the first) is exact.
-    let n = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0;
+    // x = n·ln 2 + r, n whole: added to 1.5·2²³, a number has no fraction bits left, and its last bits count.
+    const WHOLE: f32 = 12_582_912.0;
+    let count = x * std::f32::consts::LOG2_E + WHOLE;
+    let n = count - WHOLE;
+    // ln 2 in two parts, of which n times the first is exact.
     let r = (x - n * 0.693_359_4) + n * 2.121_944_4e-4;
     // The Taylor series: |r| ≤ 0.35, so the first term left out is below 6·10⁻⁹.
-    let series = 1.0
-        + r * (1.0
-            + r * (1.0 / 2.0
-                + r * (1.0 / 6.0
-                    + r * (1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0 + r / 5040.0))))));
-    let power = f32::from_bits(((n.clamp(-126.0, 0.0) as i32 + 127) as u32) << 23);
+    let series = [5040.0f32, 720.0, 120.0, 24.0, 6.0, 2.0, 1.0, 1.0]
+        .into_iter()
+        .fold(0.0, |sum, factorial| sum * r + 1.0 / factorial);
+    let power = f32::from_bits(count.to_bits().wrapping_add(127) << 23);
     if x < -87.0 { 0.0 } else { series * power }
 }
 

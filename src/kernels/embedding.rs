@@ -122,7 +122,7 @@ impl EmbeddingGradient {
                 dtable.binding()?,
                 parts,
             ],
-            groups(rows * quads),
+            rows.div_ceil(PIECE) as u64,
         )?;
         stream.dispatch(
             ROWS,

@@ -39,7 +39,7 @@ impl RmsNorm {
     /// For rows of `cols` columns, at most `max_rows` at once.
     pub fn new(ctx: &Context, max_rows: usize, cols: usize, eps: f32) -> Result<RmsNorm> {
         let lanes = LANES.into_iter().find(|lanes| cols <= (4 * HELD * lanes) as usize);
-        let Some(lanes) = lanes.filter(|_| cols > 0 && cols % 4 == 0) else {
+        let Some(lanes) = lanes.filter(|_| cols > 0 && cols.is_multiple_of(4)) else {
             return Err(Error::Mismatch {
                 operation: "RmsNorm::new",
                 problem: format!("{cols} columns, expected a multiple of four up to {MAX_COLS}"),

@@ -75,7 +75,7 @@ pub fn backward(stream: &mut Stream<'_>, gu: &Tensor, dh: &Tensor, dgu: &mut Ten
 /// Rows, and columns of one half.
 fn sizes(operation: &'static str, gu: &Tensor) -> Result<[usize; 2]> {
     let [rows, cols] = act::shape(operation, "gu", gu)?;
-    if cols % 8 != 0 {
+    if !cols.is_multiple_of(8) {
         return Err(Error::Mismatch {
             operation,
             problem: format!(
