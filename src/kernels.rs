@@ -5,13 +5,21 @@
 //! itself; [`Quantize::record`] and [`Dequantize::record`] are the other way in.
 
 pub mod adamw;
+pub(crate) mod act;
+pub mod add;
 pub mod anchors;
 pub mod copy;
+pub mod cross_entropy;
 pub mod dequantize;
 pub mod gradient_norm;
+pub mod embedding;
 pub mod matmul;
 pub mod peak;
 pub mod quantize;
+pub mod reduce;
+pub mod rmsnorm;
+pub mod sort;
+pub mod swiglu;
 
 pub use adamw::{AdamW, AdamWDesc, AdamWState, Moments, StepScalars};
 pub use copy::Copy;
@@ -35,6 +43,13 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(matmul::kernels());
     kernels.extend(adamw::kernels());
     kernels.extend(gradient_norm::kernels());
+    kernels.extend(add::kernels());
+    kernels.extend(cross_entropy::kernels());
+    kernels.extend(embedding::kernels());
+    kernels.extend(reduce::kernels());
+    kernels.extend(rmsnorm::kernels());
+    kernels.extend(sort::kernels());
+    kernels.extend(swiglu::kernels());
     kernels
 }
 
