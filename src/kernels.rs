@@ -5,17 +5,21 @@
 //! itself; [`Quantize::record`] and [`Dequantize::record`] are the other way in.
 
 pub mod anchors;
+pub mod attention;
 pub mod copy;
 pub mod dequantize;
 pub mod matmul;
 pub mod peak;
 pub mod quantize;
+pub mod rope;
 
+pub use attention::{Attention, AttentionDesc};
 pub use copy::Copy;
 pub use dequantize::{Dequantize, DequantizeDesc};
 pub use matmul::{Extras, Groups, Matmul, MatmulDesc, Operand, Output, Tier, Values};
 pub use peak::Peak;
 pub use quantize::{Quantize, QuantizeDesc};
+pub use rope::{Direction, Rope};
 
 use crate::engine::buffer::DType;
 use crate::engine::shader::{Kernel, Source, shader};
@@ -29,6 +33,8 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(copy::kernels());
     kernels.extend(peak::kernels());
     kernels.extend(matmul::kernels());
+    kernels.extend(rope::kernels());
+    kernels.extend(attention::kernels());
     kernels
 }
 
