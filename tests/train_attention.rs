@@ -3,7 +3,7 @@
 //!
 //! Bounds, with u = 2⁻²⁴: a sum of n products in any order, fused or not, is off by at most (n + 1) u Σ|terms|; `exp`'s
 //! argument x carries its own errors and WGSL grants its result 3 + 2|x| ulp, a division 2.5 ulp and a logarithm 3 ulp or
-//! 2⁻²¹. Each error is carried through to the outputs; bf16 rounds them by 2⁻⁹.
+//! 2⁻²¹. Each error is carried through to the outputs; bf16 rounds them by 2⁻⁸.
 
 mod common;
 
@@ -42,7 +42,7 @@ const TINY: f64 = 1e-34;
 
 /// Half a unit in the last place, relative.
 fn rounding(dtype: DType) -> f64 {
-    if dtype == DType::BF16 { 1.0 / 512.0 } else { U }
+    if dtype == DType::BF16 { 1.0 / 256.0 } else { U }
 }
 
 /// Fails unless every `got` is within its bound; NaN never is.
@@ -71,10 +71,11 @@ fn comparison_fails() -> Result<(), Failed> {
     for x in [&want.out, &want.lse, &want.dqkv] {
         let mut got: Vec<f32> = x.0.iter().map(|v| *v as f32).collect();
         compare("sound", &got, &x.0, &x.1)?;
-        let at = got.len() / 2;
+        let largest = |a: &usize, b: &usize| got[*a].abs().total_cmp(&got[*b].abs());
+        let at = (0..got.len()).max_by(largest).unwrap();
         let sound = got[at];
-        got[at] = f32::from_bits(sound.to_bits() ^ 0x800);
-        assert!(compare("planted", &got, &x.0, &x.1).is_err(), "2^11 units go unnoticed");
+        got[at] = f32::from_bits(sound.to_bits() ^ 0x100);
+        assert!(compare("planted", &got, &x.0, &x.1).is_err(), "2^8 units go unnoticed");
         got[at] = f32::NAN;
         assert!(compare("planted", &got, &x.0, &x.1).is_err(), "NaN goes unnoticed");
     }

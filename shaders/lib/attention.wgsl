@@ -67,14 +67,14 @@ fn put_rows(scores: ptr<function, s_Sums>, n: u32, ty: u32, tx: u32) {
     }
 }
 
-// A tile of results; `from`: the first quad of the sequence's first row.
-fn store(sums: ptr<function, o_Sums>, from: u32, pitch: u32, first: u32, ty: u32, tx: u32) {
+// A tile of results; `origin`: the first quad of the sequence's first row.
+fn store(sums: ptr<function, o_Sums>, origin: u32, pitch: u32, first: u32, ty: u32, tx: u32) {
     for (var i = 0u; i < TM; i++) { // unroll
         let row = first + row_of(i, ty);
         for (var j = 0u; j < O_COLS / 4u; j++) { // unroll
             let quad = j * ACROSS + tx;
             if (row < p.seq && quad < p.quads) {
-                y_data[from + row * pitch + quad] = y_set((*sums)[i * (O_COLS / 4u) + j]);
+                y_data[origin + row * pitch + quad] = y_set((*sums)[i * (O_COLS / 4u) + j]);
             }
         }
     }

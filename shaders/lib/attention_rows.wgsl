@@ -1,19 +1,19 @@
 // A head's rows in the binding op_data to workgroup memory, by way of registers, so that loads run while products do.
-// `from`: the quad of the sequence's first row; `pitch`: quads of a row. Rows beyond the sequence are its last one, and
+// `origin`: the quad of the sequence's first row; `pitch`: quads of a row. Rows beyond the sequence are its last one, and
 // positions beyond the head zero.
 
 alias op_Raws = array<op_Quad, RAWS>;
 
-fn op_load(from: u32, pitch: u32, row: u32, quad: u32) -> op_Quad {
-    if (quad < p.quads) { return op_data[from + min(row, p.seq - 1u) * pitch + quad]; }
+fn op_load(origin: u32, pitch: u32, row: u32, quad: u32) -> op_Quad {
+    if (quad < p.quads) { return op_data[origin + min(row, p.seq - 1u) * pitch + quad]; }
     return op_Quad();
 }
 
 // TILE rows, DEPTH positions from `quad` on: positions are contracted. Four neighbours read a row's.
-fn op_fetch_lines(raws: ptr<function, op_Raws>, from: u32, pitch: u32, first: u32, quad: u32, lane: u32) {
+fn op_fetch_lines(raws: ptr<function, op_Raws>, origin: u32, pitch: u32, first: u32, quad: u32, lane: u32) {
     for (var u = 0u; u < TILE * DEPTH / 4u / WG; u++) { // unroll
         let at = u * WG + lane;
-        (*raws)[u] = op_load(from, pitch, first + at / 4u, quad + at % 4u);
+        (*raws)[u] = op_load(origin, pitch, first + at / 4u, quad + at % 4u);
     }
 }
 
@@ -29,10 +29,10 @@ fn op_put_lines(raws: ptr<function, op_Raws>, to: u32, lane: u32) {
 }
 
 // DEPTH rows, whole: rows are contracted.
-fn op_fetch_slab(raws: ptr<function, op_Raws>, from: u32, pitch: u32, first: u32, lane: u32) {
+fn op_fetch_slab(raws: ptr<function, op_Raws>, origin: u32, pitch: u32, first: u32, lane: u32) {
     for (var u = 0u; u < DEPTH * WIDTH / 4u / WG; u++) { // unroll
         let at = u * WG + lane;
-        (*raws)[u] = op_load(from, pitch, first + at / (WIDTH / 4u), at % (WIDTH / 4u));
+        (*raws)[u] = op_load(origin, pitch, first + at / (WIDTH / 4u), at % (WIDTH / 4u));
     }
 }
 
