@@ -45,8 +45,8 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         x_fetch_lines(&b, keys, pitch, tile * TILE, 0u, lane);
         for (var quad = 0u; quad < p.quads; quad += DEPTH / 4u) {
             workgroupBarrier();
-            x_put_lines(&a, 0u, lane);
-            x_put_lines(&b, B_FROM, lane);
+            x_put_a(&a, lane);
+            x_put_b(&b, lane);
             workgroupBarrier();
             x_fetch_lines(&a, queries, pitch, t * TILE, quad + DEPTH / 4u, lane);
             x_fetch_lines(&b, keys, pitch, tile * TILE, quad + DEPTH / 4u, lane);
@@ -77,8 +77,8 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         x_fetch_lines(&b, values, pitch, tile * TILE, 0u, lane);
         for (var quad = 0u; quad < p.quads; quad += DEPTH / 4u) {
             workgroupBarrier();
-            g_put_lines(&g, 0u, lane);
-            x_put_lines(&b, B_FROM, lane);
+            g_put_a(&g, lane);
+            x_put_b(&b, lane);
             workgroupBarrier();
             g_fetch_lines(&g, outs, width, t * TILE, quad + DEPTH / 4u, lane);
             x_fetch_lines(&b, values, pitch, tile * TILE, quad + DEPTH / 4u, lane);

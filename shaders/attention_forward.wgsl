@@ -53,8 +53,8 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         x_fetch_lines(&b, keys, pitch, t * TILE, 0u, lane);
         for (var quad = 0u; quad < p.quads; quad += DEPTH / 4u) {
             workgroupBarrier();
-            x_put_lines(&a, 0u, lane);
-            x_put_lines(&b, B_FROM, lane);
+            x_put_a(&a, lane);
+            x_put_b(&b, lane);
             workgroupBarrier();
             x_fetch_lines(&a, queries, pitch, tile * TILE, quad + DEPTH / 4u, lane);
             x_fetch_lines(&b, keys, pitch, t * TILE, quad + DEPTH / 4u, lane);

@@ -1,9 +1,10 @@
 // What the attention kernels share: their parameters, the tile of a workgroup, the way of scores through workgroup memory
 // from the invocations that have them to all, and the store of a tile of results.
 //
-// Workgroup memory holds two operands of a product, DEPTH contracted positions of each: A at 0, TILE outputs wide, and B
-// at B_FROM, TILE or WIDTH wide, four neighbouring outputs a vector. Vector v of position k lies at v ^ 2 · (k / 4) of its
-// line: then transposing writes, of eight rows and four groups of positions at once, go to all banks, and so do reads.
+// Workgroup memory holds two operands of a product, DEPTH contracted positions of each, position k at [k / 4][k % 4]: of A
+// TILE outputs, and of B TILE or WIDTH, four neighbouring outputs a vector. Vector v of position k lies at v ^ 2 · (k / 4)
+// of its line: then transposing writes, of eight rows and four groups of positions at once, go to all banks, and so do
+// reads. Nested arrays, as WGSL's bounds checks then are on indices that the innermost loops share.
 //
 // An invocation (ty, tx) has the rows i / 4 · 4 DOWN + 4 ty + i % 4, i < TM, and of a product with N columns an invocation
 // the columns j / 4 · 4 ACROSS + 4 tx + j % 4, j < N.
@@ -17,9 +18,8 @@ struct Params {
     scale: f32,     // of the scores
 }
 
-const B_FROM = DEPTH * TILE / 4u;
-
-var<workgroup> memory: array<vec4<f32>, B_FROM + DEPTH * max(TILE, WIDTH) / 4u>;
+var<workgroup> memory_a: array<array<array<vec4<f32>, TILE / 4u>, 4>, DEPTH / 4u>;
+var<workgroup> memory_b: array<array<array<vec4<f32>, max(TILE, WIDTH) / 4u>, 4>, DEPTH / 4u>;
 
 struct Place {
     head: u32,
@@ -48,7 +48,7 @@ fn put_columns(scores: ptr<function, s_Sums>, n: u32, ty: u32, tx: u32) {
                                       (*scores)[(4u * i + 1u) * (S_COLS / 4u) + j][c],
                                       (*scores)[(4u * i + 2u) * (S_COLS / 4u) + j][c],
                                       (*scores)[(4u * i + 3u) * (S_COLS / 4u) + j][c]);
-                    memory[(tx % 4u * 4u + c) * (TILE / 4u) + ((i * DOWN + ty) ^ (2u * (tx % 4u)))] = v;
+                    memory_a[tx % 4u][c][(i * DOWN + ty) ^ (2u * (tx % 4u))] = v;
                 }
             }
         }
@@ -60,7 +60,7 @@ fn put_rows(scores: ptr<function, s_Sums>, n: u32, ty: u32, tx: u32) {
     for (var i = 0u; i < TM; i++) { // unroll
         if (n == i / 4u * (DOWN / 4u) + ty / 4u) {
             for (var j = 0u; j < S_COLS / 4u; j++) { // unroll
-                memory[(ty % 4u * 4u + i % 4u) * (TILE / 4u) + ((j * ACROSS + tx) ^ (2u * (ty % 4u)))] =
+                memory_a[ty % 4u][i % 4u][(j * ACROSS + tx) ^ (2u * (ty % 4u))] =
                     (*scores)[i * (S_COLS / 4u) + j];
             }
         }

@@ -1,5 +1,5 @@
-// A product of what workgroup memory holds, DEPTH contracted positions: A, TILE rows, and B, OP_WIDTH columns, to sums of
-// TM × OP_COLS an invocation. Ascending positions, fused multiply-adds if the device has them.
+// A product of what workgroup memory holds, DEPTH contracted positions: A, TILE rows, and B, OP_COLS columns an
+// invocation, to sums of TM × OP_COLS. Ascending positions, fused multiply-adds if the device has them.
 
 alias op_Sums = array<vec4<f32>, TM * OP_COLS / 4u>;
 
@@ -12,13 +12,12 @@ fn op_zero(sums: ptr<function, op_Sums>) {
 fn op_multiply(sums: ptr<function, op_Sums>, ty: u32, tx: u32) {
     for (var q = 0u; q < DEPTH / 4u; q++) {
         for (var k = 0u; k < 4u; k++) { // unroll
-            let position = 4u * q + k;
             var b: array<vec4<f32>, OP_COLS / 4u>;
             for (var j = 0u; j < OP_COLS / 4u; j++) { // unroll
-                b[j] = memory[B_FROM + position * (OP_WIDTH / 4u) + ((j * ACROSS + tx) ^ (2u * q))];
+                b[j] = memory_b[q][k][(j * ACROSS + tx) ^ (2u * q)];
             }
             for (var i = 0u; i < TM / 4u; i++) { // unroll
-                let a = memory[position * (TILE / 4u) + ((i * DOWN + ty) ^ (2u * q))];
+                let a = memory_a[q][k][(i * DOWN + ty) ^ (2u * q)];
                 for (var r = 0u; r < 4u; r++) { // unroll
                     for (var j = 0u; j < OP_COLS / 4u; j++) { // unroll
                         (*sums)[(4u * i + r) * (OP_COLS / 4u) + j] =

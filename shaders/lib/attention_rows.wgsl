@@ -17,13 +17,24 @@ fn op_fetch_lines(raws: ptr<function, op_Raws>, origin: u32, pitch: u32, first: 
     }
 }
 
-fn op_put_lines(raws: ptr<function, op_Raws>, to: u32, lane: u32) {
+fn op_put_a(raws: ptr<function, op_Raws>, lane: u32) {
     for (var u = 0u; u < TILE * DEPTH / 4u / WG; u++) { // unroll
         let row = (u * WG + lane) / 4u;
         let part = (u * WG + lane) % 4u;
         let v = op_get((*raws)[u]);
         for (var j = 0u; j < 4u; j++) { // unroll
-            memory[to + (4u * part + j) * (TILE / 4u) + ((row / 4u) ^ (2u * part))][row % 4u] = v[j];
+            memory_a[part][j][(row / 4u) ^ (2u * part)][row % 4u] = v[j];
+        }
+    }
+}
+
+fn op_put_b(raws: ptr<function, op_Raws>, lane: u32) {
+    for (var u = 0u; u < TILE * DEPTH / 4u / WG; u++) { // unroll
+        let row = (u * WG + lane) / 4u;
+        let part = (u * WG + lane) % 4u;
+        let v = op_get((*raws)[u]);
+        for (var j = 0u; j < 4u; j++) { // unroll
+            memory_b[part][j][(row / 4u) ^ (2u * part)][row % 4u] = v[j];
         }
     }
 }
@@ -40,6 +51,6 @@ fn op_put_slab(raws: ptr<function, op_Raws>, lane: u32) {
     for (var u = 0u; u < DEPTH * WIDTH / 4u / WG; u++) { // unroll
         let row = (u * WG + lane) / (WIDTH / 4u);
         let quad = (u * WG + lane) % (WIDTH / 4u);
-        memory[B_FROM + row * (WIDTH / 4u) + (quad ^ (2u * (row / 4u)))] = op_get((*raws)[u]);
+        memory_b[row / 4u][row % 4u][quad ^ (2u * (row / 4u))] = op_get((*raws)[u]);
     }
 }
