@@ -122,7 +122,7 @@ fn forward_any(size: Size, q: &Head, k: &Head, v: &Head, out: &mut [f32], lse: &
         for t in 0..=tile {
             scores.fill(0.0);
             let keys = &k_transposed[t * TILE * width..][..TILE * width];
-            product(Left::rows(q.tile(tile), width), size.head_dim, keys, TILE, &mut scores);
+            product(Left::Rows(q.tile(tile), width), size.head_dim, keys, TILE, &mut scores);
             let rows = scores.chunks_exact_mut(TILE).zip(sums.chunks_exact_mut(width));
             for (i, (row, sums)) in rows.enumerate() {
                 if t == tile {
@@ -139,7 +139,7 @@ fn forward_any(size: Size, q: &Head, k: &Head, v: &Head, out: &mut [f32], lse: &
                     *s *= keep;
                 }
             }
-            product(Left::rows(&scores, TILE), TILE, v.tile(t), width, &mut sums);
+            product(Left::Rows(&scores, TILE), TILE, v.tile(t), width, &mut sums);
         }
         let rows = tile * TILE..size.seq.min((tile + 1) * TILE);
         for (i, row) in rows.enumerate() {
@@ -196,7 +196,7 @@ fn backward_any(size: Size, x: &Inputs, [dq, dk, dv]: [&mut [f32]; 3]) {
         let values = &v_transposed[tile * TILE * width..][..TILE * width];
         for t in tile..size.tiles() {
             weights.fill(0.0);
-            product(Left::rows(x.q.tile(t), width), size.head_dim, keys, TILE, &mut weights);
+            product(Left::Rows(x.q.tile(t), width), size.head_dim, keys, TILE, &mut weights);
             for (i, row) in weights.chunks_exact_mut(TILE).enumerate() {
                 let lse = x.lse[t * TILE + i];
                 for w in &mut *row {
@@ -207,18 +207,18 @@ fn backward_any(size: Size, x: &Inputs, [dq, dk, dv]: [&mut [f32]; 3]) {
                 }
             }
             // Queries beyond the sequence have dout zero.
-            let queries = Left::columns(&weights, TILE);
+            let queries = Left::Columns(&weights, TILE);
             product(queries, TILE, x.dout.tile(t), width, v_sums.tile_mut(tile));
             ds.fill(0.0);
-            product(Left::rows(x.dout.tile(t), width), size.head_dim, values, TILE, &mut ds);
+            product(Left::Rows(x.dout.tile(t), width), size.head_dim, values, TILE, &mut ds);
             let rows = ds.chunks_exact_mut(TILE).zip(weights.chunks_exact(TILE));
             for ((row, weights), delta) in rows.zip(&delta[t * TILE..]) {
                 for (d, w) in row.iter_mut().zip(weights) {
                     *d = w * (*d - delta);
                 }
             }
-            product(Left::columns(&ds, TILE), TILE, x.q.tile(t), width, k_sums.tile_mut(tile));
-            product(Left::rows(&ds, TILE), TILE, x.k.tile(tile), width, q_sums.tile_mut(t));
+            product(Left::Columns(&ds, TILE), TILE, x.q.tile(t), width, k_sums.tile_mut(tile));
+            product(Left::Rows(&ds, TILE), TILE, x.k.tile(tile), width, q_sums.tile_mut(t));
         }
     }
     for sums in [&mut *q_sums, &mut *k_sums] {
@@ -233,24 +233,13 @@ fn backward_any(size: Size, x: &Inputs, [dq, dk, dv]: [&mut [f32]; 3]) {
 
 // ---- Loops that become vectors ---------------------------------------------------------------------------------------
 
-/// The left operand of a product, [`TILE`] rows, by strides.
+/// The left operand of a product, [`TILE`] rows of it.
 #[derive(Clone, Copy)]
-struct Left<'a> {
-    data: &'a [f32],
-    row: usize,
-    depth: usize,
-}
-
-impl<'a> Left<'a> {
-    #[inline(always)]
-    fn rows(data: &'a [f32], pitch: usize) -> Left<'a> {
-        Left { data, row: pitch, depth: 1 }
-    }
-
-    #[inline(always)]
-    fn columns(data: &'a [f32], pitch: usize) -> Left<'a> {
-        Left { data, row: 1, depth: pitch }
-    }
+enum Left<'a> {
+    /// Row-major, with this pitch.
+    Rows(&'a [f32], usize),
+    /// Column-major.
+    Columns(&'a [f32], usize),
 }
 
 /// `sums[i, j] += Σ_k a[i, k] · b[k, j]` with i < [`TILE`], k < `depth`, j < `cols`; in ascending order of k.
@@ -259,11 +248,21 @@ fn product(a: Left<'_>, depth: usize, b: &[f32], cols: usize, sums: &mut [f32]) 
     /// The deepest product is over a head's width.
     const DEPTH: usize = 128;
     let mut panel = [[0f32; ROWS]; DEPTH];
+    let panel = &mut panel[..depth];
     for (strip, sums) in sums.chunks_exact_mut(ROWS * cols).enumerate() {
-        let panel = &mut panel[..depth];
-        for (k, panel) in panel.iter_mut().enumerate() {
-            for (r, to) in panel.iter_mut().enumerate() {
-                *to = a.data[(strip * ROWS + r) * a.row + k * a.depth];
+        match a {
+            Left::Rows(a, pitch) => {
+                for r in 0..ROWS {
+                    let row = &a[(strip * ROWS + r) * pitch..][..depth];
+                    for (to, a) in panel.iter_mut().zip(row) {
+                        to[r] = *a;
+                    }
+                }
+            }
+            Left::Columns(a, pitch) => {
+                for (to, a) in panel.iter_mut().zip(a[strip * ROWS..].chunks(pitch)) {
+                    to.copy_from_slice(&a[..ROWS]);
+                }
             }
         }
         for first in (0..cols).step_by(COLS) {
@@ -272,10 +271,12 @@ fn product(a: Left<'_>, depth: usize, b: &[f32], cols: usize, sums: &mut [f32]) 
                 acc.copy_from_slice(&sums[r * cols + first..][..COLS]);
             }
             for (a, b) in panel.iter().zip(b.chunks_exact(cols)) {
-                let b = &b[first..first + COLS];
-                for (acc, a) in acc.iter_mut().zip(a) {
-                    for (acc, b) in acc.iter_mut().zip(b) {
-                        *acc += a * b;
+                // Bounds that are constant keep the sums in registers.
+                if let Some(b) = b[first..].first_chunk::<COLS>() {
+                    for r in 0..ROWS {
+                        for c in 0..COLS {
+                            acc[r][c] += a[r] * b[c];
+                        }
                     }
                 }
             }
