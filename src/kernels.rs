@@ -8,6 +8,7 @@ pub mod adamw;
 pub(crate) mod act;
 pub mod add;
 pub mod anchors;
+pub mod attention;
 pub mod copy;
 pub mod cross_entropy;
 pub mod dequantize;
@@ -22,12 +23,16 @@ pub mod sort;
 pub mod swiglu;
 
 pub use adamw::{AdamW, AdamWDesc, AdamWState, Moments, StepScalars};
+pub mod rope;
+
+pub use attention::{Attention, AttentionDesc};
 pub use copy::Copy;
 pub use dequantize::{Dequantize, DequantizeDesc};
 pub use gradient_norm::GradientNorm;
 pub use matmul::{Extras, Groups, Matmul, MatmulDesc, Operand, Output, Tier, Values};
 pub use peak::Peak;
 pub use quantize::{Quantize, QuantizeDesc};
+pub use rope::{Direction, Rope};
 
 use crate::engine::buffer::DType;
 use crate::engine::shader::{Kernel, Source, shader};
@@ -50,6 +55,8 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(rmsnorm::kernels());
     kernels.extend(sort::kernels());
     kernels.extend(swiglu::kernels());
+    kernels.extend(rope::kernels());
+    kernels.extend(attention::kernels());
     kernels
 }
 
