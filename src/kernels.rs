@@ -10,12 +10,14 @@ pub mod dequantize;
 pub mod matmul;
 pub mod peak;
 pub mod quantize;
+pub mod quantize_both;
 
 pub use copy::Copy;
 pub use dequantize::{Dequantize, DequantizeDesc};
 pub use matmul::{Extras, Groups, Matmul, MatmulDesc, Operand, Output, Tier, Values};
 pub use peak::Peak;
 pub use quantize::{Quantize, QuantizeDesc};
+pub use quantize_both::{Guards, Hadamard, QuantizeBoth, Side, Signs};
 
 use crate::engine::buffer::DType;
 use crate::engine::shader::{Kernel, Source, shader};
@@ -24,6 +26,7 @@ use crate::formats::{Block, Element, MxSpec, ScaleFormat};
 /// Every kernel in every variant. Thousands: to be validated, or shipped as data.
 pub fn all() -> Vec<Kernel> {
     let mut kernels = quantize::kernels();
+    kernels.extend(quantize_both::kernels());
     kernels.extend(dequantize::kernels());
     kernels.extend(anchors::kernels());
     kernels.extend(copy::kernels());
