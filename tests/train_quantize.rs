@@ -7,7 +7,9 @@ mod common;
 use common::engines::{self, CPU, Form, PLAIN, Test};
 use common::{assert_bytes, garbage, gaussian, narrowed, reference, to_f32};
 use libtest_mimic::{Failed, Trial};
-use microscaling::kernels::{Guards, Hadamard, QuantizeBoth, Side, Signs, quantize_both::COUNTERS};
+use microscaling::kernels::{
+    Guards, Hadamard, Quantile, QuantizeBoth, Side, Signs, Split, quantize_both::COUNTERS,
+};
 use microscaling::rng::{ROUNDS, threefry4x32};
 use microscaling::{
     Axis, Block, Context, DType, Element, Ids, MXFP4, MXFP8_E4M3, MXINT8, Matmul, MatmulDesc,
@@ -22,6 +24,8 @@ fn suite(form: &str) -> Vec<(&'static str, Test)> {
         ("products_of_transformed_operands", products),
         ("counters_count", counters),
         ("clip_and_skip", clip_and_skip),
+        ("the_quantile_is_that_of_a_sort", quantile),
+        ("the_split_takes_the_largest_columns", split),
         ("anchors_are_recorded", anchors),
         ("empty_tensors", empty),
         ("mismatches_are_errors", mismatches),
@@ -37,13 +41,13 @@ fn main() {
         Form {
             what: PLAIN,
             options: Options::default(),
-            steps: [1, 5],
+            steps: [1, 9],
             needs: (wgpu::Features::empty(), ""),
         },
         Form {
             what: " without subgroups",
             options: Options { without: wgpu::Features::SUBGROUP, ..Default::default() },
-            steps: [5, 11],
+            steps: [5, 23],
             needs: (wgpu::Features::SUBGROUP, "never has them"),
         },
     ];
@@ -427,6 +431,149 @@ fn clip_and_skip(ctx: &Context, _: usize) -> Result<(), Failed> {
                 let what = format!("clip {with_clip} skip {with_skip} {dtype} axis {axis}");
                 compare(&what, &got, nonfinite, &values, &desc(&side, axis));
             }
+        }
+    }
+    Ok(())
+}
+
+/// The order statistic of a sort; F32's is rounded up to 15 significant bits.
+fn quantile(ctx: &Context, _: usize) -> Result<(), Failed> {
+    for (dtype, rows, cols) in [(DType::F32, 37, 100), (DType::BF16, 64, 1204), (DType::F32, 1, 4)]
+    {
+        let corners = selftest::input(dtype, rows, cols);
+        let plain = narrowed(dtype, &gaussian(3, rows * cols));
+        // Half of it NaN and infinity: those count as the largest, the threshold stays finite.
+        let infinite =
+            narrowed(dtype, &[1.0, f32::NAN, 2.0, f32::NEG_INFINITY].repeat(rows * cols / 4));
+        for bytes in [corners, plain, infinite] {
+            let mut sorted: Vec<u32> =
+                to_f32(dtype, &bytes).iter().map(|v| v.to_bits() & 0x7fff_ffff).collect();
+            sorted.sort_unstable();
+            for q in [0.0, 0.3, 0.99, 0.999, 1.0] {
+                let x = ctx.upload(dtype, rows, cols, &bytes)?;
+                let mut threshold = ctx.upload(DType::F32, 1, 1, &f32::NAN.to_le_bytes())?;
+                let mut kernel = Quantile::new(ctx, q)?;
+                let mut stream = ctx.stream();
+                // Twice: histograms are its own.
+                kernel.record(&mut stream, &x, &mut threshold)?;
+                kernel.record(&mut stream, &x, &mut threshold)?;
+                ctx.submit(stream)?;
+                let got = to_f32(DType::F32, &ctx.read_blocking(&threshold)?)[0].to_bits();
+                let n = sorted.len();
+                let above = n - (q * n as f64).ceil() as usize;
+                // With all above allowed, the lowest bin there is.
+                let statistic = if above == n { 0 } else { sorted[n - 1 - above] };
+                let want = match dtype {
+                    DType::BF16 => statistic.min(0x7f7f_0000),
+                    _ => (statistic | 0x1ff).min(0x7f7f_ffff),
+                };
+                assert_eq!(got, want, "{dtype} {rows}x{cols} at {q}");
+            }
+        }
+    }
+    let x = ctx.zeros(DType::F32, 4, 64)?;
+    let mut wrong = ctx.zeros(DType::F32, 2, 1)?;
+    let error = Quantile::new(ctx, 0.5)?.record(&mut ctx.stream(), &x, &mut wrong).unwrap_err();
+    assert!(error.to_string().contains("[2, 1]"), "{error}");
+    assert!(Quantile::new(ctx, 1.5).is_err() && Quantile::new(ctx, f64::NAN).is_err());
+    Ok(())
+}
+
+/// Columns and mask as a sort gives them; and main product plus side product is the product, exactly, on integers.
+fn split(ctx: &Context, _: usize) -> Result<(), Failed> {
+    for (turn, (dtype, rows, cols, n)) in
+        [(DType::F32, 130, 100, 8), (DType::BF16, 33, 1100, 12), (DType::F32, 8, 4, 4)]
+            .into_iter()
+            .enumerate()
+    {
+        // Few different magnitudes, so that there are ties, across all the lanes.
+        let mut values: Vec<f32> =
+            common::words(turn as u64, rows * cols).iter().map(|w| (w % 5) as f32 - 2.0).collect();
+        for (i, col) in [cols - 1, cols / 2, 1, 2].into_iter().enumerate() {
+            values[i % rows * cols + col] =
+                [40.0, -40.0, f32::INFINITY, f32::NAN][if turn == 1 { i } else { i % 2 }];
+        }
+        let bytes = narrowed(dtype, &values);
+        let x = ctx.upload(dtype, rows, cols, &bytes)?;
+        let amax = |col: usize| {
+            (0..rows).map(|row| values[row * cols + col].to_bits() & 0x7fff_ffff).max().unwrap()
+        };
+        let mut order: Vec<usize> = (0..cols).collect();
+        order.sort_by_key(|col| std::cmp::Reverse(amax(*col))); // Stable.
+        order.truncate(n);
+        let mut split = Split::new(ctx, cols, n)?;
+        let mut side = ctx.upload(dtype, rows, n, &narrowed(dtype, &vec![f32::NAN; rows * n]))?;
+        let mut stream = ctx.stream();
+        // Something else before: choosing starts anew.
+        split.choose(&mut stream, &ctx.zeros(dtype, 3, cols)?)?;
+        split.choose(&mut stream, &x)?;
+        split.gather(&mut stream, &x, &mut side)?;
+        ctx.submit(stream)?;
+        let columns: Vec<_> = order.iter().map(|c| *c as u32).collect();
+        assert_eq!(ctx.read_ids_blocking(split.columns())?, columns);
+        let mut mask = vec![0u32; cols.div_ceil(32)];
+        order.iter().for_each(|c| mask[c / 32] |= 1 << (c % 32));
+        assert_eq!(ctx.read_ids_blocking(split.mask())?, mask);
+        let want: Vec<f32> = (0..rows * n).map(|i| values[i / n * cols + order[i % n]]).collect();
+        assert_bytes("side", &ctx.read_blocking(&side)?, &narrowed(dtype, &want));
+        let mut wrong = ctx.zeros(dtype, rows + 1, n)?;
+        let error = split.gather(&mut ctx.stream(), &x, &mut wrong).unwrap_err().to_string();
+        assert!(error.contains(&format!("[{rows}, {n}]")), "{error}");
+        let error = split.choose(&mut ctx.stream(), &ctx.zeros(dtype, 3, cols + 4)?).unwrap_err();
+        assert!(error.to_string().contains(&format!("{cols}]")), "{error}");
+    }
+    assert!(Split::new(ctx, 64, 5).is_err() && Split::new(ctx, 4, 8).is_err());
+
+    let (m, n, k, taken) = (20, 12, 128, 4);
+    let integers = |seed, len| -> Vec<f32> {
+        common::words(seed, len).iter().map(|w| (w % 13) as f32 - 6.0).collect()
+    };
+    let (mut a, b) = (integers(1, m * k), integers(2, n * k));
+    for row in 0..m {
+        a[row * k + 77] = 1000.0 + row as f32; // Too large for INT8 beside 6.
+    }
+    let x = ctx.upload(DType::F32, m, k, bytemuck::cast_slice(&a))?;
+    let w = ctx.upload(DType::F32, n, k, bytemuck::cast_slice(&b))?;
+    let mut split = Split::new(ctx, k, taken)?;
+    let (mut x_side, mut w_side) =
+        (ctx.zeros(DType::F32, m, taken)?, ctx.zeros(DType::F32, n, taken)?);
+    let (mut x_main, mut w_main) =
+        (ctx.zeros_mx(MXINT8, Axis::One, m, k)?, ctx.zeros_mx(MXINT8, Axis::One, n, k)?);
+    let mut y = ctx.zeros(DType::F32, m, n)?;
+    let mut stream = ctx.stream();
+    split.choose(&mut stream, &x)?;
+    split.gather(&mut stream, &x, &mut x_side)?;
+    split.gather(&mut stream, &w, &mut w_side)?;
+    let both = QuantizeBoth::new(ctx, Some(Side { spec: MXINT8, ..Default::default() }), None)?;
+    let guards = Guards { skip: Some(split.mask()), clip: None };
+    both.record(&mut stream, &x, Some(&mut x_main), None, &guards, None)?;
+    both.record(&mut stream, &w, Some(&mut w_main), None, &Guards::default(), None)?;
+    let main = MatmulDesc {
+        m,
+        n,
+        k,
+        a: MXINT8.into(),
+        b: MXINT8.into(),
+        tier: Tier::Exact,
+        ..Default::default()
+    };
+    Matmul::new(ctx, &main)?.record(&mut stream, &x_main, &w_main, &mut y)?;
+    let side = MatmulDesc {
+        m,
+        n,
+        k: taken,
+        a: DType::F32.into(),
+        b: DType::F32.into(),
+        beta: 1.0,
+        ..Default::default()
+    };
+    Matmul::new(ctx, &side)?.record(&mut stream, &x_side, &w_side, &mut y)?;
+    ctx.submit(stream)?;
+    let got = to_f32(DType::F32, &ctx.read_blocking(&y)?);
+    for i in 0..m {
+        for j in 0..n {
+            let want: f32 = (0..k).map(|l| a[i * k + l] * b[j * k + l]).sum();
+            assert_eq!(got[i * n + j], want, "element {i} {j}");
         }
     }
     Ok(())
