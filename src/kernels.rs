@@ -15,12 +15,14 @@ pub mod dequantize;
 pub mod gradient_norm;
 pub mod embedding;
 pub mod matmul;
+pub mod outliers;
 pub mod peak;
 pub mod quantize;
 pub mod reduce;
 pub mod rmsnorm;
 pub mod sort;
 pub mod swiglu;
+pub mod quantize_both;
 
 pub use adamw::{AdamW, AdamWDesc, AdamWState, Moments, StepScalars};
 pub mod rope;
@@ -30,9 +32,11 @@ pub use copy::Copy;
 pub use dequantize::{Dequantize, DequantizeDesc};
 pub use gradient_norm::GradientNorm;
 pub use matmul::{Extras, Groups, Matmul, MatmulDesc, Operand, Output, Tier, Values};
+pub use outliers::{Quantile, Split};
 pub use peak::Peak;
 pub use quantize::{Quantize, QuantizeDesc};
 pub use rope::{Direction, Rope};
+pub use quantize_both::{Guards, Hadamard, QuantizeBoth, Side, Signs};
 
 use crate::engine::buffer::DType;
 use crate::engine::shader::{Kernel, Source, shader};
@@ -41,6 +45,8 @@ use crate::formats::{Block, Element, MxSpec, ScaleFormat};
 /// Every kernel in every variant. Thousands: to be validated, or shipped as data.
 pub fn all() -> Vec<Kernel> {
     let mut kernels = quantize::kernels();
+    kernels.extend(quantize_both::kernels());
+    kernels.extend(outliers::kernels());
     kernels.extend(dequantize::kernels());
     kernels.extend(anchors::kernels());
     kernels.extend(copy::kernels());

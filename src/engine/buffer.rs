@@ -472,6 +472,15 @@ impl DeviceMxTensor {
         self.codes.bytes() + self.scales.bytes()
     }
 
+    /// The only buffers on a GPU: codes, scales and state.
+    pub(crate) fn bindings(&self) -> Result<[&wgpu::Buffer; 3]> {
+        Ok([
+            single(&self.codes, "a packed tensor of a training kernel")?,
+            single(&self.scales, "the scales of a packed tensor")?,
+            single(&self.state, "the state of a packed tensor")?,
+        ])
+    }
+
     pub(crate) fn tensor_scaled(&self) -> bool {
         self.layout.spec.scale == ScaleFormat::E4M3
     }
