@@ -76,3 +76,11 @@ pub enum Error {
         source: std::io::Error,
     },
 }
+
+impl Error {
+    /// What becomes of a system's error about `path`.
+    pub(crate) fn at(path: &std::path::Path) -> impl FnOnce(std::io::Error) -> Error {
+        let path = path.to_path_buf();
+        move |source| Error::Io { path, source }
+    }
+}
