@@ -4,29 +4,28 @@
 //! A host with its own scheduler takes a [`Kernel`] from [`quantize::kernels`] or [`dequantize::kernels`] and runs it
 //! itself; [`Quantize::record`] and [`Dequantize::record`] are the other way in.
 
-pub mod adamw;
 pub(crate) mod act;
+pub mod adamw;
 pub mod add;
 pub mod anchors;
 pub mod attention;
 pub mod copy;
 pub mod cross_entropy;
 pub mod dequantize;
-pub mod gradient_norm;
 pub mod embedding;
+pub mod gradient_norm;
 pub mod matmul;
 pub mod outliers;
 pub mod peak;
 pub mod quantize;
+pub mod quantize_both;
 pub mod reduce;
 pub mod rmsnorm;
+pub mod rope;
 pub mod sort;
 pub mod swiglu;
-pub mod quantize_both;
 
 pub use adamw::{AdamW, AdamWDesc, AdamWState, Moments, StepScalars};
-pub mod rope;
-
 pub use attention::{Attention, AttentionDesc};
 pub use copy::Copy;
 pub use dequantize::{Dequantize, DequantizeDesc};
@@ -35,8 +34,8 @@ pub use matmul::{Extras, Groups, Matmul, MatmulDesc, Operand, Output, Tier, Valu
 pub use outliers::{Quantile, Split};
 pub use peak::Peak;
 pub use quantize::{Quantize, QuantizeDesc};
-pub use rope::{Direction, Rope};
 pub use quantize_both::{Guards, Hadamard, QuantizeBoth, Side, Signs};
+pub use rope::{Direction, Rope};
 
 use crate::engine::buffer::DType;
 use crate::engine::shader::{Kernel, Source, shader};
