@@ -346,7 +346,40 @@ fn exp(x: f32) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use super::exp;
+    use super::*;
+
+    /// Vectors and no vectors: the same bits.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn avx2_changes_nothing() {
+        if !std::is_x86_feature_detected!("avx2") {
+            return;
+        }
+        let size = Size { seq: 50, head_dim: 24 };
+        let len = size.seq * size.head_dim;
+        let data: Vec<f32> =
+            (0..4 * len).map(|i| ((i * 7919 + 13) % 1009) as f32 / 300.0 - 1.5).collect();
+        let head = |i: usize| Head::new(size, &data[i * len..], size.head_dim);
+        let run = |plain: bool| {
+            let (mut out, mut lse) = (vec![0.0; len], vec![0.0; 2 * TILE]);
+            let mut grads = vec![0.0; 3 * len];
+            let [q, k, v] = [0, 1, 2].map(head);
+            match plain {
+                true => forward_any(size, &q, &k, &v, &mut out, &mut lse),
+                false => forward(size, &q, &k, &v, &mut out, &mut lse),
+            }
+            let saved = Head::new(size, &out, size.head_dim);
+            let x = Inputs { q, k, v, out: saved, dout: head(3), lse: lse.clone() };
+            let (dq, rest) = grads.split_at_mut(len);
+            let (dk, dv) = rest.split_at_mut(len);
+            match plain {
+                true => backward_any(size, &x, [dq, dk, dv]),
+                false => backward(size, &x, [dq, dk, dv]),
+            }
+            [out, lse, grads].concat().into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        };
+        assert_eq!(run(true), run(false));
+    }
 
     #[test]
     fn exp_is_within_two_units() {
