@@ -156,7 +156,7 @@ fn rmsnorm_forward(ctx: &Context, step: usize) -> Result<(), Failed> {
         let what = format!("{x_type} {branch_type} {sum_type} {y_type} {rows}x{cols} {branched}");
         // Every third row so small that eps matters, the first one too where it is alone.
         let small = |seed| -> Vec<f32> {
-            let by = |i: usize| if i / cols % 3 == 0 { 1.0 / 256.0 } else { 1.0 };
+            let by = |i: usize| if (i / cols).is_multiple_of(3) { 1.0 / 256.0 } else { 1.0 };
             gaussian(seed, rows * cols).iter().enumerate().map(|(i, x)| x * by(i)).collect()
         };
         let (x, xs) = upload(ctx, x_type, [rows, cols], &small(1))?;
