@@ -41,7 +41,8 @@ use crate::engine::buffer::DType;
 use crate::engine::shader::{Kernel, Source, shader};
 use crate::formats::{Block, Element, MxSpec, ScaleFormat};
 
-/// Every kernel in every variant. Thousands: to be validated, or shipped as data.
+/// Every kernel in every variant (of [`QuantizeBoth`]'s a selection, see [`quantize_both::kernels`]). Thousands: to be
+/// validated, or shipped as data.
 pub fn all() -> Vec<Kernel> {
     let mut kernels = quantize::kernels();
     kernels.extend(quantize_both::kernels());
