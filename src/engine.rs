@@ -502,6 +502,15 @@ impl Stream<'_> {
         }
     }
 
+    /// Zeroes ids.
+    pub(crate) fn clear_ids(&mut self, ids: &mut Ids) -> Result<()> {
+        match self.gpu() {
+            Some(_) => self.clear(ids.binding()?),
+            None => ids.data.cpu_mut().fill(0),
+        }
+        Ok(())
+    }
+
     /// Records one dispatch of at least `groups` workgroups, spread over x and y, with `params` as the kernel's
     /// `Params` and `buffers` as the bindings after it.
     pub(crate) fn dispatch(

@@ -407,6 +407,17 @@ impl Ids {
         self.data.row_bytes / 4
     }
 
+    /// Writes all of them.
+    pub(crate) fn write(&mut self, ctx: &Context, ids: &[u32]) -> Result<()> {
+        if ids.len() != self.len() {
+            return Err(Error::Mismatch {
+                operation: "Ids::write",
+                problem: format!("{} ids, expected {}", ids.len(), self.len()),
+            });
+        }
+        self.data.write(ctx, bytemuck::cast_slice(ids))
+    }
+
     /// The only buffer on a GPU.
     pub(crate) fn binding(&self) -> Result<&wgpu::Buffer> {
         single(&self.data, "ids")
