@@ -20,7 +20,7 @@ use microscaling::train::data::{Batches, BatchesDesc, Corpus, Limits, cargo_sour
 use microscaling::train::model::ModelDesc;
 use microscaling::train::recipe::Recipe;
 use microscaling::train::trainer::{RunDesc, Trainer};
-use microscaling::{Context, DeviceChoice, Options};
+use microscaling::{Context, DeviceChoice, Options, report as report_time};
 
 use metrics::{Metrics, Record};
 use progress::Progress;
@@ -81,6 +81,9 @@ struct Args {
     /// Save and leave after so many seconds; --resume goes on
     #[arg(long, value_name = "SECONDS")]
     max_seconds: Option<u64>,
+    /// Say where the time of a step goes, kernel by kernel, after a few steps of the first arm, and leave
+    #[arg(long)]
+    profile: bool,
     /// Batches of held-out text to measure on, at most
     #[arg(long, default_value_t = 16)]
     held_out: usize,
@@ -232,6 +235,12 @@ fn run() -> Result<()> {
         header,
     };
 
+    if args.profile {
+        for recipe in &recipes {
+            profile(&setting.ctx, &model, recipe, steps, &first)?;
+        }
+        return Ok(());
+    }
     let directory = |name: &str, seed: u64| args.out.join(format!("{name}-{seed}"));
     let found = |name: &str, seed: u64| -> Result<Option<Checkpoint>> {
         if !args.resume {
@@ -290,6 +299,52 @@ fn run() -> Result<()> {
     println!("report: {}", args.out.join("report.html").display());
     if stopped {
         println!("stopped; --resume with the same options goes on");
+    }
+    Ok(())
+}
+
+/// Prints where the time of a step goes.
+fn profile(
+    ctx: &Context,
+    model: &ModelDesc,
+    recipe: &Recipe,
+    steps: u64,
+    batches: &Batches,
+) -> Result<()> {
+    let run = RunDesc {
+        model: model.clone(),
+        recipe: recipe.clone(),
+        seed: 0,
+        steps,
+        data: String::new(),
+    };
+    let mut trainer = Trainer::new(ctx, &run)?;
+    // Pipelines, then the clock of a device that was idle.
+    for step in 0..20 {
+        trainer.train(&batches.batch(step), false)?;
+    }
+    ctx.wait_blocking()?;
+    let start = Instant::now();
+    for step in 20..30 {
+        trainer.train(&batches.batch(step), false)?;
+    }
+    ctx.wait_blocking()?;
+    let whole = start.elapsed().as_secs_f64() / 10.0;
+    let tokens = batches.batch(30);
+    let kernels = pollster::block_on(report_time::profile(ctx, |stream| {
+        trainer.record(stream, &tokens, false)
+    }))?;
+    let sum: f64 = kernels.iter().map(|(_, _, time)| time.as_secs_f64()).sum();
+    println!(
+        "\n{}: a step takes {:.2} ms, {:.0} tokens/s; its kernels {:.2} ms",
+        recipe.name,
+        whole * 1e3,
+        model.tokens() as f64 / whole,
+        sum * 1e3
+    );
+    for (name, times, time) in kernels.iter().take(40) {
+        let time = time.as_secs_f64();
+        println!("{:8.3} ms {:5.1} % {times:5} × {name}", time * 1e3, 100.0 * time / sum);
     }
     Ok(())
 }
