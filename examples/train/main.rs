@@ -23,7 +23,7 @@ fn main() {
 }
 
 fn run() -> Result<()> {
-    let dir = std::env::args().nth(1).unwrap_or("/tmp/w/report".into());
+    let dir = std::env::args().nth(1).unwrap_or("target/report".into());
     let slow = std::env::args().nth(2).is_some();
     let dir = Path::new(&dir);
     std::fs::create_dir_all(dir)?;
@@ -61,7 +61,7 @@ fn run() -> Result<()> {
                         [step as u32, k as u32, seed as u32, salt as u32],
                         [7; 4],
                     );
-                    words.iter().map(|w| *w as f64 / 4294967296.0 - 0.5).sum::<f64>()
+                    words.iter().map(|w| f64::from(*w) / 4294967296.0 - 0.5).sum::<f64>()
                 };
                 let x = step as f64 / 2000.0;
                 let loss = (1.15 + 4.4 * (-60.0 * x).exp() + 0.9 * (-4.0 * x).exp())
@@ -73,7 +73,8 @@ fn run() -> Result<()> {
                     tokens: step * 16384,
                     loss: Some(loss + 0.05 * noise(0)),
                     lr: Some(
-                        6e-4 * (step as f64 / 100.0).min(1.0) * (0.55 + 0.45 * (3.14159 * x).cos()),
+                        6e-4 * (step as f64 / 100.0).min(1.0)
+                            * (0.55 + 0.45 * (std::f64::consts::PI * x).cos()),
                     ),
                     grad_norm: Some(0.4 + 2.0 / (1.0 + 30.0 * x) + 0.1 * noise(1)),
                     tokens_per_second: Some(rate * (1.0 + 0.02 * noise(2))),
@@ -94,7 +95,6 @@ fn run() -> Result<()> {
                 }
                 if step % 100 == 0 {
                     record.heldout = Some(loss * 1.01 + 0.002 * noise(5));
-                    run.held_out(loss);
                 }
                 if step == 2000 {
                     record.text = Some(
@@ -108,7 +108,7 @@ fn run() -> Result<()> {
                     record.loss = Some(f64::NAN);
                     record.heldout = record.heldout.map(|_| f64::NAN);
                 }
-                run.update(step, loss, rate, Duration::from_millis(3));
+                run.update(step, loss, record.heldout, rate, Duration::from_millis(3));
                 if slow {
                     std::thread::sleep(Duration::from_millis(3));
                 }
