@@ -67,7 +67,7 @@ pub struct Summary {
     pub tokens: u64,
     /// The last one of each seed, in nats a byte.
     pub heldout: Option<Spread>,
-    /// In percent, of each seed where it and the baseline of the same seed were last measured at the same step.
+    /// In percent, at the latest step at which a seed of both was measured, over the seeds that were.
     pub gap: Option<Spread>,
     /// The median of all that was measured.
     pub tokens_per_second: Option<f64>,
@@ -132,7 +132,6 @@ pub fn summarize(records: &[Record], baseline: &str) -> Vec<Summary> {
         let all = || arm.runs.values().flatten();
         let last: Vec<f64> =
             arm.heldout.values().filter_map(|losses| losses.values().last()).copied().collect();
-        // Seeds whose last common step is the same as that of the others: the latest one.
         let gap = reference
             .filter(|reference| reference.name != arm.name)
             .and_then(|reference| gaps(&arm.heldout, &reference.heldout).into_values().next_back());
