@@ -50,24 +50,25 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
 
     a_open(&a_units, tile.row, a_limit, r0);
     b_open(&b_units, tile.col, b_limit, r0);
-    let first = own_slice * 128u;
-    if (first < p.k) {
+    let ks = tile_k(lane);
+    let first = ks.x + own_slice * 128u;
+    if (first < ks.y) {
         a_fetch(&a_units, tile.row, a_limit, r0, first);
         b_fetch(&b_units, tile.col, b_limit, r0, first);
     }
-    for (var k0 = 0u; k0 < p.k; k0 += SLICES * 128u) {
+    for (var k0 = 0u; k0 < ks.y - ks.x; k0 += SLICES * 128u) {
         let k = k0 + first;
         for (var j = 0u; j < 4u; j++) { // unroll
-            if (SLICES == 1u || k < p.k) {
+            if (SLICES == 1u || k < ks.y) {
                 a_stage(&a_units, tile.row, a_limit, r0, k, part, j);
                 b_stage(&b_units, tile.col, b_limit, r0, k, part, j);
             }
             workgroupBarrier();
-            if (j == 3u && k + SLICES * 128u < p.k) {
+            if (j == 3u && k + SLICES * 128u < ks.y) {
                 a_fetch(&a_units, tile.row, a_limit, r0, k + SLICES * 128u);
                 b_fetch(&b_units, tile.col, b_limit, r0, k + SLICES * 128u);
             }
-            if (SLICES == 1u || k < p.k) { multiply(&sums, a_row, b_row); }
+            if (SLICES == 1u || k < ks.y) { multiply(&sums, a_row, b_row); }
             workgroupBarrier();
         }
     }

@@ -15,7 +15,8 @@ fn op_fetch(units: ptr<function, array<op_Unit, OP_UNITS>>, row0: u32, limit: u3
     for (var u = 0u; u < OP_UNITS; u++) { // unroll
         let i = min(row0 + r0 + u * ROW_STEP, limit);
         let part = lane_part();
-        (*units)[u].codes = op_codes[(op_i0 + i) * (p.op_pitch / 4u) + k / 32u + part];
+        (*units)[u].codes = vec4<u32>();
+        if (!GROUPED_K || k + part * 32u < k_end()) { (*units)[u].codes = op_codes[(op_i0 + i) * (p.op_pitch / 4u) + k / 32u + part]; }
         (*units)[u].scale = op_scale(i, k + part * 32u);
     }
 }

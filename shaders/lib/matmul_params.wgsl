@@ -7,7 +7,7 @@ struct Params {
     tiles_m: u32,           // tiles of this dispatch; grouped: at most
     tiles_n: u32,
     batch: u32,
-    groups: u32,            // grouped: how many ranges of rows
+    groups: u32,            // grouped: how many ranges of rows, or of k
     experts: u32,
     a_first: u32,           // output index 0: its line in the bindings (transposed: position along the lines)
     a_global: u32,          // the same in the whole tensor
@@ -55,7 +55,7 @@ fn tile_place(index: u32, lane: u32) -> Tile {
     let tn = at % band / height;
     var tile = Tile(tm * BM, tn * BN, 0u, 0u, true, index < tiles * p.batch);
     if (GROUPED) {
-        return tile_grouped(tile, tm, lane);
+        return tile_grouped(tile, batch, tm, lane);
     }
     tile.rows = p.m - min(tile.row, p.m);
     tile.y_row = p.y_row + batch * p.y_stride + tile.row;

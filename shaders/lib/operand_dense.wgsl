@@ -5,7 +5,7 @@ var<private> op_g0: u32;
 var<private> op_k0: u32;    // transposed: the row of k = 0
 
 fn op_bits(i: u32, k: u32) -> u32 {
-    if (k >= p.k) { return 0u; }
+    if (k >= k_end()) { return 0u; }
     var at = (op_i0 + i) * p.op_pitch + k;
     if (OP_TRANSPOSED) { at = (op_k0 + k) * p.op_pitch + op_i0 + i; }
     if (OP_TYPE == X_F32) { return op_codes[at]; }

@@ -3,7 +3,7 @@
 fn op_halves8(i: u32, k: u32) -> vec4<u32> {
     var h = array<u32, 8>();
     for (var j = 0u; j < 8u; j++) {
-        if (k + j < p.k) {
+        if (k + j < k_end()) {
             var at = (op_i0 + i) * p.op_pitch + k + j;
             if (OP_TRANSPOSED) { at = (op_k0 + k + j) * p.op_pitch + op_i0 + i; }
             h[j] = (op_codes[at / 2u] >> (16u * (at % 2u))) & 0xffffu;

@@ -92,11 +92,11 @@ pub(super) fn record(
     extras: Extras<'_>,
 ) -> Result<()> {
     let desc = &matmul.desc;
-    let MatmulDesc { m, n, k, batch, .. } = *desc;
+    let MatmulDesc { m, n, k, .. } = *desc;
     let ctx = stream.context().clone();
     let Engine::Gpu(gpu) = ctx.engine() else { return Ok(()) };
-    let b_stack = desc.experts.unwrap_or(batch);
-    if m * batch == 0 || n == 0 {
+    let [a_stack, b_stack, y_stack] = desc.stacks();
+    if m * y_stack == 0 || n == 0 {
         return Ok(());
     }
     // The other kernels read a first block, which an empty contraction does not have.
@@ -159,19 +159,21 @@ pub(super) fn record(
         });
     }
     // All batches in one dispatch where everything can be bound at once, one at a time else.
-    let (rounds, batches) = if whole { (1, batch) } else { (batch, 1) };
+    let (rounds, batches) = if whole { (1, y_stack) } else { (y_stack, 1) };
     for round in 0..rounds {
         let rows = round * m..(round + batches) * m;
         let range = |transposed: bool, each: usize, stack: usize| match transposed {
             true => 0..each,
             false => round * each..(round + if whole { stack } else { 1 }) * each,
         };
-        for ap in sides[0].within(range(desc.a.transposed, m, batch)) {
+        for ap in sides[0].within(range(desc.a.transposed, m, a_stack)) {
             for bp in sides[1].within(range(desc.b.transposed, n, b_stack)) {
                 for yp in &ys {
                     // The rows of y that this piece of A makes.
-                    let a_rows =
-                        if desc.a.transposed { rows.clone() } else { ap.first..ap.first + ap.len };
+                    let a_rows = match desc.a.transposed || desc.group_k {
+                        true => rows.clone(),
+                        false => ap.first..ap.first + ap.len,
+                    };
                     let first = a_rows.start.max(yp.first);
                     let end = a_rows.end.min(yp.first + yp.len);
                     if first >= end {
@@ -248,7 +250,7 @@ impl Place {
         let [bm, bn] = shape.outputs().map(|side| side as usize);
         let groups = extras.groups.map_or(0, |groups| groups.groups);
         // Every group may end within a tile.
-        let tiles_m = self.m.div_ceil(bm) + groups;
+        let tiles_m = self.m.div_ceil(bm) + if desc.group_k { 0 } else { groups };
         let tiles_n = self.n.div_ceil(bn);
         let (carry, tensor_scale, rounding) = match &desc.out {
             Output::Dense(_) => (0, 0, Rounding::NearestEven),
@@ -315,7 +317,14 @@ struct Variant {
     segments: u32,
     out: Out,
     bias: bool,
-    grouped: bool,
+    grouped: Grouped,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Grouped {
+    No,
+    Rows,
+    K,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -351,7 +360,11 @@ impl Variant {
                 }
             },
             bias: desc.bias,
-            grouped: desc.experts.is_some(),
+            grouped: match (desc.experts, desc.group_k) {
+                (None, _) => Grouped::No,
+                (Some(_), false) => Grouped::Rows,
+                (Some(_), true) => Grouped::K,
+            },
         }
     }
 
@@ -385,7 +398,11 @@ impl Variant {
             operand(self.a, self.nibbles[0]),
             operand(self.b, self.nibbles[1]),
             if self.bias { ".bias" } else { "" },
-            if self.grouped { ".grouped" } else { "" }
+            match self.grouped {
+                Grouped::No => "",
+                Grouped::Rows => ".grouped",
+                Grouped::K => ".grouped-k",
+            }
         )
     }
 
@@ -419,7 +436,7 @@ impl Variant {
         if self.bias {
             list.push(("bias".into(), "array<u32>", false));
         }
-        if self.grouped {
+        if self.grouped != Grouped::No {
             list.push(("groups".into(), "array<atomic<u32>>", true));
         }
         list
@@ -512,7 +529,8 @@ impl Variant {
             .flag("NIBBLES", same(self.a, self.b))
             .flag("PAIRS", self.nibbles == [true, true])
             .flag("BIAS", self.bias)
-            .flag("GROUPED", self.grouped);
+            .flag("GROUPED", self.grouped != Grouped::No)
+            .flag("GROUPED_K", self.grouped == Grouped::K);
         source = match self.out {
             Out::Dense { dtype, .. } => type_constants(source, "Y_TYPE", dtype),
             Out::Mx { spec, .. } => {
@@ -601,10 +619,14 @@ impl Variant {
             }
         }
         source = source
-            .fragment(if self.grouped {
-                shader!("lib/grouped.wgsl")
-            } else {
-                shader!("lib/ungrouped.wgsl")
+            .fragment(match self.grouped {
+                Grouped::No => shader!("lib/ungrouped.wgsl"),
+                Grouped::Rows => shader!("lib/grouped.wgsl"),
+                Grouped::K => shader!("lib/grouped_k.wgsl"),
+            })
+            .fragment(match self.grouped {
+                Grouped::K => "",
+                _ => shader!("lib/k_whole.wgsl"),
             })
             .fragment(if self.bias {
                 shader!("lib/bias.wgsl")
@@ -751,7 +773,7 @@ pub fn kernels() -> Vec<Kernel> {
             },
             out: Out::Dense { dtype: DType::F32, odd: false },
             bias: false,
-            grouped: false,
+            grouped: Grouped::No,
         };
         let mxfp4 = values[0];
         for a in values.iter().copied().filter(|v| takes(*v)) {
@@ -767,8 +789,20 @@ pub fn kernels() -> Vec<Kernel> {
                 }
             }
         }
-        for (bias, grouped) in [(true, false), (false, true), (true, true)] {
+        for (bias, grouped) in [(true, Grouped::No), (false, Grouped::Rows), (true, Grouped::Rows)]
+        {
             variants.push(Variant { bias, grouped, ..plain(mxfp4, mxfp4) });
+        }
+        // The kernels for few rows do not take groups of k.
+        if !matches!(shape, Shape::Skinny { .. }) {
+            for x in values.iter().copied().filter(|v| takes(*v)) {
+                let mut variant = Variant { grouped: Grouped::K, ..plain(x, x) };
+                if let Values::Dense(_) = x {
+                    variant.a.transposed = true;
+                    variant.b.transposed = true;
+                }
+                variants.push(variant);
+            }
         }
         for (dtype, odd) in
             [(DType::F16, false), (DType::F16, true), (DType::BF16, false), (DType::BF16, true)]

@@ -170,8 +170,8 @@ fn tensor(
 pub(super) fn shape(gpu: &Gpu, desc: &MatmulDesc, tier: Tier) -> Shape {
     let rows = match desc.experts {
         // Rows of an expert, about.
-        Some(experts) => desc.m.div_ceil(experts),
-        None => desc.m,
+        Some(experts) if !desc.group_k => desc.m.div_ceil(experts),
+        _ => desc.m,
     };
     let square = match desc.out {
         Output::Mx(out) => Some(out.spec.block.lines() > 1),
