@@ -9,13 +9,16 @@ pub mod copy;
 pub mod dequantize;
 pub mod matmul;
 pub mod peak;
+pub mod permute;
 pub mod quantize;
+pub mod router;
 
 pub use copy::Copy;
 pub use dequantize::{Dequantize, DequantizeDesc};
 pub use matmul::{Extras, Groups, Matmul, MatmulDesc, Operand, Output, Tier, Values};
 pub use peak::Peak;
 pub use quantize::{Quantize, QuantizeDesc};
+pub use router::{Router, RouterDesc, Routes};
 
 use crate::engine::buffer::DType;
 use crate::engine::shader::{Kernel, Source, shader};
@@ -29,6 +32,8 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(copy::kernels());
     kernels.extend(peak::kernels());
     kernels.extend(matmul::kernels());
+    kernels.extend(permute::kernels());
+    kernels.extend(router::kernels());
     kernels
 }
 
