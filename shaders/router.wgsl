@@ -62,11 +62,9 @@ fn route(token: u32) {
     // The best so far, descending: an expert goes before those that score less, not before its equals.
     var best: array<f32, TOPK>;
     var chosen: array<u32, TOPK>;
-    var prob: array<f32, TOPK>;
     for (var j = 0u; j < TOPK; j++) { // unroll
         best[j] = -3.0f * LIMIT;
         chosen[j] = 0u;
-        prob[j] = 0.0;
     }
     for (var q = 0u; q < p.quads; q++) {
         let x = finite(logits[row + q]);
@@ -74,29 +72,29 @@ fn route(token: u32) {
         probs[row + q] = select(bitcast<vec4<u32>>(ps), vec4<u32>(0x7fc00000u), poisoned);
         var scores = x;
         if (BIASED) { scores = ps + finite(bias[q]); }
-        for (var c = 0u; c < 4u; c++) { // unroll
+        for (var c = 0u; c < 4u; c++) {
             var score = scores[c];
             var expert = q * 4u + c;
-            var pr = ps[c];
             var moves = false;
             for (var j = 0u; j < TOPK; j++) { // unroll
                 moves = moves || score > best[j];
-                if (moves) {
-                    let s = best[j]; best[j] = score; score = s;
-                    let e = chosen[j]; chosen[j] = expert; expert = e;
-                    let w = prob[j]; prob[j] = pr; pr = w;
-                }
+                let s = best[j];
+                let e = chosen[j];
+                best[j] = select(s, score, moves);
+                chosen[j] = select(e, expert, moves);
+                score = select(score, s, moves);
+                expert = select(expert, e, moves);
             }
         }
     }
-    var share = 1.0;
-    if (RENORMALIZE) {
-        share = 0.0;
-        for (var j = 0u; j < TOPK; j++) { // unroll
-            share += prob[j];
-        }
-        share = max(share, 1e-20);
+    var prob: array<f32, TOPK>;
+    var share = 0.0;
+    for (var j = 0u; j < TOPK; j++) { // unroll
+        let x = finite(logits[row + chosen[j] / 4u])[chosen[j] % 4u];
+        prob[j] = exp_below(vec4<f32>(x - top)).x / sum;
+        share += prob[j];
     }
+    share = select(1.0, max(share, 1e-20), RENORMALIZE);
     for (var j = 0u; j < TOPK; j++) { // unroll
         choice[token * TOPK + j] = chosen[j];
         weights[token * TOPK + j] = select(bitcast<u32>(prob[j] / share), 0x7fc00000u, poisoned);
