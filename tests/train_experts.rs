@@ -605,7 +605,15 @@ fn permutations(ctx: &Context, _: usize) -> Result<(), Failed> {
         permute::combine(&mut stream, &routes, &ys, &mut y, accumulate)?;
         permute::gather_backward(&mut stream, &routes, &ys, &mut dx, accumulate)?;
         permute::combine_backward(&mut stream, &routes, &x, &ys, &mut dys, &mut dweights)?;
+        let mut cleared = upload(ctx, of_ys, cols, &f32s(&ys_values))?;
+        permute::clear_padding(&mut stream, &routes, &mut cleared)?;
         ctx.submit(stream)?;
+        let cleared = read(ctx, &cleared)?;
+        for (at, (now, old)) in cleared.iter().zip(&ys_values).enumerate() {
+            let empty = got.token_of[at / cols] == NO_TOKEN;
+            let want = if empty { 0.0 } else { old.value as f32 };
+            assert_eq!(now.to_bits(), want.to_bits(), "row {}", at / cols);
+        }
 
         let weights = exact(&got.weights);
         let dy = exact(&x_values);
@@ -917,6 +925,7 @@ fn bad_input(ctx: &Context, _: usize) -> Result<(), Failed> {
     says(permute::gather(&mut stream, &routes, &x, &mut few), &["xs", "256", "255"]);
     let odd = zeros(10, 6)?;
     says(permute::gather(&mut stream, &routes, &odd, &mut xs), &["6 columns", "multiple of 4"]);
+    says(permute::clear_padding(&mut stream, &routes, &mut few), &["x", "256", "255"]);
     let half = ctx.zeros(DType::F16, 10, 8)?;
     says(permute::gather(&mut stream, &routes, &half, &mut xs), &["x", "f16", "f32 or bf16"]);
     let mut y = zeros(10, 4)?;

@@ -132,7 +132,8 @@ pub struct MatmulDesc {
     pub experts: Option<usize>,
     /// Grouped along k instead: y is a stack of this many experts' matrices `[m, n]`, and that of expert g sums the positions
     /// `offsets[g] .. offsets[g + 1]` of k alone, multiples of 32. A and B are one matrix each, [`Groups`] has as many groups,
-    /// and its experts are not read. An empty group's product is zero. Anchors are those of whole lines.
+    /// and its experts are not read. An empty group's product is zero. Anchors are those of whole lines, so that a NaN scale
+    /// makes its line NaN in all experts.
     pub group_k: bool,
     /// The factor of the product.
     pub alpha: f32,

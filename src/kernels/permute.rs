@@ -9,10 +9,12 @@
 //! | [`combine`] | `y[t] = Σ w[t, j] · ys[slot_of[t, j]]` |
 //! | [`combine_backward`] | `dys[s] = w · dy[token_of[s]]`, zero in slots of no token; `dw[t, j] = ⟨dy[t], ys[slot_of[t, j]]⟩` |
 //! | [`gather_backward`] | `dx[t] = Σ dxs[slot_of[t, j]]` |
+//! | [`clear_padding`] | `x[s] = 0` in slots of no token |
 //!
-//! Sums are f32, those over j in ascending order; no atomics. [`gather`] is **exact**, but for narrowing to nearest even; the
+//! Sums are f32, those over j in ascending order; no atomics. [`gather`] and [`clear_padding`] are **exact**, but for narrowing to nearest even; the
 //! others are bounded.
-//! Shaders: `shaders/permute_gather.wgsl`, `permute_combine.wgsl`, `permute_combine_backward.wgsl`.
+//! Shaders: `shaders/permute_gather.wgsl`, `permute_combine.wgsl`, `permute_combine_backward.wgsl`,
+//! `permute_clear.wgsl`.
 
 use super::WORKGROUP;
 use super::router::{MAX_TOP_K, NO_TOKEN, Routes};
@@ -197,6 +199,34 @@ pub fn combine_backward(
     )
 }
 
+/// Zeroes the rows of `x`, `[slots, C]`, that no token has. A product grouped by rows leaves what lies behind the last expert
+/// as it was, and a quantizer along the slots reads everything: so what it sees depends on this batch alone, and has no NaN of
+/// an old one.
+pub fn clear_padding(stream: &mut Stream<'_>, routes: &Routes, x: &mut Tensor) -> Result<()> {
+    let operation = "permute::clear_padding";
+    let [tokens, cols] = rows(operation, routes, x.cols)?;
+    let slots = routes.slots();
+    x.expect(operation, "x", [slots, cols], &TYPES)?;
+    same(stream, routes, &[x])?;
+    if stream.gpu().is_none() {
+        let token_of = routes.token_of.data.cpu();
+        x.fill_rows(|slot, row| {
+            if token_of[slot] == NO_TOKEN {
+                row.fill(0.0);
+            }
+        });
+        return Ok(());
+    }
+    let variant = Variant::Clear { x: x.dtype };
+    stream.dispatch(
+        &variant.name(),
+        || variant.kernel(),
+        &[tokens as u32, cols as u32 / 4, slots as u32],
+        &[routes.token_of.binding()?, x.binding()?],
+        (slots as u64).div_ceil(u64::from(WORKGROUP / LANES)),
+    )
+}
+
 /// Tokens and columns, the latter checked.
 fn rows(operation: &'static str, routes: &Routes, cols: usize) -> Result<[usize; 2]> {
     if cols % 4 != 0 {
@@ -217,11 +247,12 @@ fn same(stream: &Stream<'_>, routes: &Routes, tensors: &[&Tensor]) -> Result<()>
 
 /// Quads of an invocation of `permute_gather.wgsl`.
 const STEPS: u32 = 4;
-/// Invocations that share a slot in `permute_combine_backward.wgsl`.
+/// Invocations that share a slot in `permute_combine_backward.wgsl` and `permute_clear.wgsl`.
 const LANES: u32 = 32;
 
 #[derive(Clone, Copy, Debug)]
 enum Variant {
+    Clear { x: DType },
     Gather { x: DType, xs: DType },
     Combine { top_k: u32, ys: DType, y: DType, weighted: bool },
     CombineBackward { top_k: u32, dy: DType, ys: DType, dys: DType },
@@ -230,6 +261,7 @@ enum Variant {
 impl Variant {
     fn name(&self) -> String {
         match self {
+            Variant::Clear { x } => format!("permute_clear.{x}"),
             Variant::Gather { x, xs } => format!("permute_gather.{x}.{xs}"),
             Variant::Combine { top_k, ys, y, weighted } => {
                 let weighted = if *weighted { ".weighted" } else { "" };
@@ -245,6 +277,10 @@ impl Variant {
         use Binding::{Params, Read, Write};
         let source = Source::new().constant("WG", WORKGROUP);
         let (source, bindings) = match *self {
+            Variant::Clear { x } => {
+                let source = source.constant("LANES", LANES).quads("x", x);
+                (source.fragment(shader!("permute_clear.wgsl")), vec![Params, Read, Write])
+            }
             Variant::Gather { x, xs } => {
                 let source = source.constant("STEPS", STEPS).quads("x", x).quads("xs", xs);
                 (source.fragment(shader!("permute_gather.wgsl")), vec![Params, Read, Read, Write])
@@ -286,7 +322,7 @@ impl Variant {
 
 /// Every variant of this file's kernels.
 pub fn kernels() -> Vec<Kernel> {
-    let mut variants = Vec::new();
+    let mut variants = TYPES.map(|x| Variant::Clear { x }).to_vec();
     for from in TYPES {
         for to in TYPES {
             variants.push(Variant::Gather { x: from, xs: to });
