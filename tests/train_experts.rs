@@ -292,15 +292,15 @@ impl Dense {
         }
         let scale = Approx::exact(self.aux_scale);
         let mut logits = Vec::new();
-        for t in 0..tokens {
+        for (t, share) in share.iter().enumerate() {
             let row = t * experts..(t + 1) * experts;
             let (p, dg) = (&probs[row.clone()], &dgate[row.clone()]);
-            let inner = Approx::sum(p.iter().zip(dg).map(|(p, d)| *p * *d)) / share[t];
+            let inner = Approx::sum(p.iter().zip(dg).map(|(p, d)| *p * *d)) / *share;
             let dp: Vec<Approx> = (0..experts)
                 .map(|e| {
                     let router = match (self.mask[t * experts + e], renormalize) {
                         (false, _) => Approx::default(),
-                        (true, true) => (dg[e] - inner) / share[t],
+                        (true, true) => (dg[e] - inner) / *share,
                         (true, false) => dg[e],
                     };
                     router + scale * self.load(e)
@@ -885,6 +885,7 @@ fn bad_input(ctx: &Context, _: usize) -> Result<(), Failed> {
         (RouterDesc { top_k: 9, experts: 16, ..desc }, ["9 of 16", "1 to 8"]),
         (RouterDesc { top_k: 0, ..desc }, ["0 of 4", "1 to 4"]),
         (RouterDesc { align: 48, ..desc }, ["align = 48", "32"]),
+        (RouterDesc { align: 1 << 40, ..desc }, ["align = 1099511627776", "1024"]),
         (RouterDesc { aux: -1.0, ..desc }, ["aux = -1", "negative"]),
         (RouterDesc { tokens: 0, ..desc }, ["0 tokens", "1 token"]),
         (RouterDesc { tokens: 1 << 30, ..desc }, ["tokens", "2^32"]),

@@ -165,9 +165,9 @@ impl Default for MatmulDesc {
     }
 }
 
-/// The groups of a grouped product, of rows or ([`MatmulDesc::group_k`]) of positions of k: group g's rows are `offsets[g] .. offsets[g + 1]`, multiplied with the matrix of expert
-/// `experts[g]`. Lives on the device, so that a router may write it there; empty groups are allowed, and rows outside all
-/// groups are not touched (packed outputs: zero).
+/// The groups of a grouped product: group g's rows are `offsets[g] .. offsets[g + 1]`, multiplied with the matrix of expert
+/// `experts[g]`; with [`MatmulDesc::group_k`] these are positions of k. Lives on the device, so that a router may write it
+/// there; empty groups are allowed, and rows outside all groups are not touched (packed outputs: zero).
 #[derive(Debug)]
 pub struct Groups {
     groups: usize,

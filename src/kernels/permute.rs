@@ -229,7 +229,7 @@ pub fn clear_padding(stream: &mut Stream<'_>, routes: &Routes, x: &mut Tensor) -
 
 /// Tokens and columns, the latter checked.
 fn rows(operation: &'static str, routes: &Routes, cols: usize) -> Result<[usize; 2]> {
-    if cols % 4 != 0 {
+    if !cols.is_multiple_of(4) {
         return Err(Error::Mismatch {
             operation,
             problem: format!("rows of {cols} columns: a multiple of 4"),

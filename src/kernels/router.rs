@@ -32,6 +32,8 @@ use crate::{Error, Result};
 pub const MAX_EXPERTS: usize = 256;
 /// Experts of a token, at most.
 pub const MAX_TOP_K: usize = 8;
+/// [`RouterDesc::align`], at most.
+pub const MAX_ALIGN: usize = 1024;
 /// [`Routes::token_of`] of a slot that no token has.
 pub const NO_TOKEN: u32 = u32::MAX;
 
@@ -73,7 +75,7 @@ impl RouterDesc {
     pub fn validate(&self) -> Result<()> {
         let RouterDesc { tokens, experts, top_k, align, aux, .. } = *self;
         let mismatch = |problem| Err(Error::Mismatch { operation: "Router::new", problem });
-        if experts == 0 || experts > MAX_EXPERTS || experts % 4 != 0 {
+        if experts == 0 || experts > MAX_EXPERTS || !experts.is_multiple_of(4) {
             return mismatch(format!("{experts} experts: 4 to {MAX_EXPERTS}, a multiple of 4"));
         }
         if top_k == 0 || top_k > MAX_TOP_K.min(experts) {
@@ -82,8 +84,8 @@ impl RouterDesc {
                 MAX_TOP_K.min(experts)
             ));
         }
-        if align == 0 || align % 32 != 0 {
-            return mismatch(format!("align = {align}: a multiple of 32"));
+        if align == 0 || align > MAX_ALIGN || !align.is_multiple_of(32) {
+            return mismatch(format!("align = {align}: 32 to {MAX_ALIGN}, a multiple of 32"));
         }
         if !aux.is_finite() || aux < 0.0 {
             return mismatch(format!("aux = {aux}: finite, not negative"));
@@ -100,12 +102,12 @@ impl RouterDesc {
         Ok(())
     }
 
-    /// Slots that are enough for any choice: every expert's padding may be `align` − 1. A multiple of 128 and of `align`, so
+    /// Slots that are enough for any choice of a valid descriptor: every expert's padding may be `align` − 1. A multiple of 128 and of `align`, so
     /// that the fast products along the slots apply.
     pub fn slots(&self) -> usize {
-        let unit = if self.align % 128 == 0 { self.align } else { 4 * self.align };
-        let slots = self.tokens * self.top_k + self.experts * (self.align.max(1) - 1);
-        slots.next_multiple_of(unit.max(1))
+        let unit = if self.align.is_multiple_of(128) { self.align } else { 4 * self.align };
+        let slots = self.tokens * self.top_k + self.experts * (self.align - 1);
+        slots.next_multiple_of(unit)
     }
 
     fn blocks(&self) -> usize {
@@ -394,14 +396,15 @@ fn sum_of_quads(terms: impl Iterator<Item = f32>) -> f32 {
     (sums[0] + sums[1]) + (sums[2] + sums[3])
 }
 
+/// A token's logits and probabilities, and its choice and weights.
+type Row<'a> = (&'a [f32], &'a mut [u32]);
+type Chosen<'a> = (&'a mut [u32], &'a mut [u32]);
+
 impl Router {
     fn choose_on_cpu(&self, logits: &Tensor, bias: &Tensor, routes: &mut Routes) {
         let RouterDesc { experts, top_k, .. } = self.desc;
         let (logits, bias) = (logits.widened(), bias.widened());
-        let run = |((logits, probs), (choice, weights)): (
-            (&[f32], &mut [u32]),
-            (&mut [u32], &mut [u32]),
-        )| {
+        let run = |((logits, probs), (choice, weights)): (Row<'_>, Chosen<'_>)| {
             self.route(logits, &bias, bytemuck::cast_slice_mut(probs), choice, weights);
         };
         let probs = routes.probs.data.cpu_mut();
