@@ -9,6 +9,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput};
+use microscaling::kernels::{Guards, Hadamard, QuantizeBoth, Side, Signs};
 use microscaling::{
     Axis, Block, Context, DType, Dequantize, DequantizeDesc, MXFP4, MXFP6_E2M3, MXFP8_E4M3, MxSpec,
     MxTensor, NVFP4, Options, Quantize, QuantizeDesc, Rounding, ScaleRule, kernels::Copy, report,
@@ -115,6 +116,15 @@ fn main() {
     }
     drop(xs);
     for dtype in [DType::F32, DType::BF16] {
+        for (name, size, rounding) in [
+            ("nearest", 0, Rounding::NearestEven),
+            ("h32 nearest", 32, Rounding::NearestEven),
+            ("stochastic", 0, stochastic),
+            ("h32 stochastic", 32, stochastic),
+        ] {
+            let name = format!("quantize {dtype}→mxfp4 rows and columns {name}");
+            quantize_both(&mut bench, &ctx, dtype, &data, [rows, cols], &name, size, rounding);
+        }
         dequantize(&mut bench, &ctx, &data, rows, cols, dtype);
     }
     copy(&mut bench, &ctx, rows, cols);
@@ -223,6 +233,50 @@ fn quantize(
             got == MxTensor::quantize(data, rows, cols, &desc).expect(name),
             "{name}: not the twin's bytes"
         );
+    }
+}
+
+/// Both layouts in one pass, the columns transformed: what a gradient goes through.
+#[allow(clippy::too_many_arguments)]
+fn quantize_both(
+    bench: &mut Bench,
+    ctx: &Context,
+    dtype: DType,
+    data: &[f32],
+    [rows, cols]: [usize; 2],
+    name: &str,
+    size: u32,
+    rounding: Rounding,
+) {
+    let bytes: Vec<u8> = match dtype {
+        DType::F32 => bytemuck::cast_slice(data).to_vec(),
+        _ => data.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+    };
+    let side = Side { rounding, scale_rule: Some(ScaleRule::Rceil), ..Default::default() };
+    let hadamard = (size > 0).then_some(Hadamard { size, signs: Signs::Random { seed: 3 } });
+    let transformed = Side { hadamard, ..side };
+    let kernel = QuantizeBoth::new(ctx, Some(side), Some(transformed)).expect(name);
+    let make = |ctx: &Context| {
+        let x = ctx.upload(dtype, rows, cols, &bytes)?;
+        let a = ctx.zeros_mx(MXFP4, Axis::One, rows, cols)?;
+        Ok::<_, microscaling::Error>((x, a, ctx.zeros_mx(MXFP4, Axis::Zero, rows, cols)?))
+    };
+    let mut sets: Vec<_> = (0..SETS).map(|_| make(ctx).expect(name)).collect();
+    let moved = (sets[0].0.bytes() + sets[0].1.bytes() + sets[0].2.bytes()) as u64;
+    bench.run(name, moved, |stream, i| {
+        let (x, a, b) = &mut sets[i as usize % SETS];
+        kernel.record(stream, x, Some(a), Some(b), &Guards::default(), None)
+    });
+    if ctx.wgpu().is_some() && bench.cases.last().is_some_and(|c| c.name == name) {
+        let cpu = Context::cpu();
+        let (x, mut a, mut b) = make(&cpu).expect(name);
+        kernel
+            .record(&mut cpu.stream(), &x, Some(&mut a), Some(&mut b), &Guards::default(), None)
+            .expect(name);
+        for (got, want) in [(&sets[0].1, &a), (&sets[0].2, &b)] {
+            let got = ctx.read_mx_blocking(got).expect(name);
+            assert!(got == cpu.read_mx_blocking(want).expect(name), "{name}: not the twin's bytes");
+        }
     }
 }
 

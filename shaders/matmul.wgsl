@@ -13,6 +13,7 @@ const STRIPS = BM / STRIP_ROWS;
 var<workgroup> memory: array<vec4<Word>, max(WORDS * ROWS, STRIP_ROWS * BN) / 4u>;
 
 fn strip_get(i: u32) -> f32 { return bitcast<f32>(memory[i / 4u][i % 4u]); }
+fn strip_get4(i: u32) -> vec4<f32> { return bitcast<vec4<f32>>(memory[i / 4u]); }
 fn strip_put(i: u32, bits: u32) { memory[i / 4u][i % 4u] = bitcast<Word>(bits); }
 
 fn a_index(tile: Tile, r: u32) -> u32 { return min(tile.row + r, tile.row + tile.rows - 1u); }
@@ -64,7 +65,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     // An invocation stages UNITS times eight positions of a row, and one or no scale; neighbours take neighbouring rows. What
     // lies beyond the tile is read from its last row, what lies beyond k is zero.
     var raws: array<Raw, UNITS>;
-    let ks = tile_k(lane);
+    let ks = tile_k(tile, lane);
     var scale = fetch(&raws, tile, lane, ks.x);
     for (var k = ks.x; k < ks.y; k += STAGE) {
         workgroupBarrier();

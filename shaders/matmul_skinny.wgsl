@@ -18,6 +18,7 @@ const STRIP_ROWS = M;
 var<workgroup> terms: array<f32, M * RN * TERMS>;
 
 fn strip_get(i: u32) -> f32 { return terms[i]; }
+fn strip_get4(i: u32) -> vec4<f32> { return vec4<f32>(terms[i], terms[i + 1u], terms[i + 2u], terms[i + 3u]); }
 fn strip_put(i: u32, bits: u32) { terms[i] = bitcast<f32>(bits); }
 
 @compute @workgroup_size(WG)

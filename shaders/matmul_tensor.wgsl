@@ -18,12 +18,33 @@ const STRIP_VECTORS = STRIP_ROWS * BN / 4u;
 const ROW_STEP = WG / SLICES / 4u;
 const A_ROW0 = 0u;
 const B_ROW0 = BM;
+const A_SIDE = BM;
+const B_SIDE = BN;
+// A tile that is kept k by k: see lib/loader_columns.wgsl.
+const A_PITCH = BM / 8u + 1u;
+const B_PITCH = BN / 8u + 1u;
 
 var<private> own_part: u32;
+var<private> own_thread: u32;
 var<private> own_lane: u32;
 var<private> own_slice: u32;
 
 fn lane_part() -> u32 { return own_part; }
+
+// Rows beyond the last are read as the last; they are not stored.
+fn a_within(row: u32, limit: u32) -> u32 { return select(min(row, limit), row, A_WHOLE); }
+fn b_within(row: u32, limit: u32) -> u32 { return select(min(row, limit), row, B_WHOLE); }
+
+// Where the fragment of 16 (8) rows from `row` on and of positions s · FRAGMENT … lies.
+fn a_fragment(row: u32, s: u32) -> u32 {
+    if (A_COLUMNS) { return s * FRAGMENT * A_PITCH + row / 8u; }
+    return row * PITCH + s * (FRAGMENT / 8u);
+}
+
+fn b_fragment(row: u32, s: u32) -> u32 {
+    if (B_COLUMNS) { return B_ROW0 * PITCH + s * FRAGMENT * B_PITCH + row / 8u; }
+    return (B_ROW0 + row) * PITCH + s * (FRAGMENT / 8u);
+}
 
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3<u32>,
@@ -35,11 +56,11 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     let subgroup_m = subgroup / SUBGROUPS_N;
     let a_row = subgroup_m * FRAGMENT;
     let b_row = subgroup % SUBGROUPS_N * (FN * FRAGMENT);
-    let part = lane % 4u;
-    own_part = part;
+    own_part = lane % 4u;
     own_lane = lane % 32u;
+    own_thread = lane % (WG / SLICES);
     // Within eight rows 0, 4, 1, 5, …: then eight neighbours write to all banks.
-    let q = lane % (WG / SLICES) / 4u;
+    let q = own_thread / 4u;
     let r0 = (q & ~7u) | ((q & 1u) << 2u) | ((q >> 1u) & 3u);
     let a_limit = tile.row + tile.rows - 1u;
     let b_limit = p.n - 1u;
@@ -48,27 +69,29 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     var sums: Sums;
     sums_zero(&sums);
 
+    // Slices have as many chunks or one less; what a slice loads beyond the last it does not multiply.
+    let ks = tile_k(tile, lane);
+    let last = ks.x + (max(ks.y - ks.x, 1u) - 1u) / 128u * 128u;
+    let first = ks.x + own_slice * 128u;
     a_open(&a_units, tile.row, a_limit, r0);
     b_open(&b_units, tile.col, b_limit, r0);
-    let ks = tile_k(lane);
-    let first = ks.x + own_slice * 128u;
-    if (first < ks.y) {
-        a_fetch(&a_units, tile.row, a_limit, r0, first);
-        b_fetch(&b_units, tile.col, b_limit, r0, first);
-    }
+    a_ahead(&a_units, tile.row, a_limit, r0, min(first, last));
+    b_ahead(&b_units, tile.col, b_limit, r0, min(first, last));
+    a_decode(&a_units, 0u);
+    b_decode(&b_units, 0u);
     for (var k0 = 0u; k0 < ks.y - ks.x; k0 += SLICES * 128u) {
         let k = k0 + first;
+        let here = min(k, last);
+        let next = min(k + SLICES * 128u, last);
         for (var j = 0u; j < 4u; j++) { // unroll
-            if (SLICES == 1u || k < ks.y) {
-                a_stage(&a_units, tile.row, a_limit, r0, k, part, j);
-                b_stage(&b_units, tile.col, b_limit, r0, k, part, j);
-            }
+            a_put(&a_units, r0);
+            b_put(&b_units, r0);
             workgroupBarrier();
-            if (j == 3u && k + SLICES * 128u < ks.y) {
-                a_fetch(&a_units, tile.row, a_limit, r0, k + SLICES * 128u);
-                b_fetch(&b_units, tile.col, b_limit, r0, k + SLICES * 128u);
-            }
+            a_load(&a_units, tile.row, a_limit, r0, here, next, j);
+            b_load(&b_units, tile.col, b_limit, r0, here, next, j);
             if (SLICES == 1u || k < ks.y) { multiply(&sums, a_row, b_row); }
+            a_decode(&a_units, (j + 1u) % 4u);
+            b_decode(&b_units, (j + 1u) % 4u);
             workgroupBarrier();
         }
     }

@@ -24,19 +24,23 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     workgroupBarrier();
     var a: array<MatA, 4>;
     var b: array<MatB, 4>;
-    for (var i = 0u; i < 4u; i++) {
+    for (var i = 0u; i < 4u; i++) { // unroll
         a[i] = coopLoadT<MatA>(&tiles[i * FRAGMENT], SIDE);
         b[i] = coopLoad<MatB>(&tiles[(4u + i) * FRAGMENT], SIDE);
     }
     var c: array<MatC, 16>;
-    for (var f = 0u; f < 16u; f++) { c[f] = MatC(); }
+    for (var f = 0u; f < 16u; f++) { // unroll
+        c[f] = MatC();
+    }
     for (var n = 0u; n < ITERATIONS; n++) {
-        for (var i = 0u; i < 4u; i++) {
-            for (var j = 0u; j < 4u; j++) { c[i * 4u + j] = coopMultiplyAdd(a[i], b[j], c[i * 4u + j]); }
+        for (var i = 0u; i < 4u; i++) { // unroll
+            for (var j = 0u; j < 4u; j++) { // unroll
+                c[i * 4u + j] = coopMultiplyAdd(a[i], b[j], c[i * 4u + j]);
+            }
         }
     }
     var s = f32(p.seed);
-    for (var f = 0u; f < 16u; f++) {
+    for (var f = 0u; f < 16u; f++) { // unroll
         let at = lane / 32u * FRAGMENT;
         let stride = SIDE;
         coopStoreT(c[f], &strip[at], stride);

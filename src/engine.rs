@@ -9,6 +9,8 @@ pub(crate) mod gpu;
 pub mod shader;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod spirv;
+#[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
+mod vulkan;
 
 use std::sync::Arc;
 
@@ -149,17 +151,28 @@ impl Context {
             limits.max_storage_buffer_binding_size =
                 limits.max_storage_buffer_binding_size.min(bytes);
         }
+        let descriptor = wgpu::DeviceDescriptor {
+            label: Some("microscaling"),
+            required_features: Caps::useful_features(adapter) - options.without,
+            required_limits: limits,
+            // SAFETY: the experimental feature asked for is cooperative matrices, which the tensor tier's kernels use
+            // as naga and the driver are known to take them; without it, or on a device that a host opened without,
+            // that tier is not there.
+            experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
+            ..Default::default()
+        };
+        #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
+        if descriptor.required_features.contains(
+            wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::PASSTHROUGH_SHADERS,
+        ) && vulkan::bf16_matrices(adapter)
+        {
+            let (device, queue) = vulkan::open(adapter, &descriptor)?;
+            let mut gpu = Gpu::new(device, queue, adapter, true, options.emulate_tensor);
+            gpu.bf16_matrices = true;
+            return Ok(Context { engine: Arc::new(Engine::Gpu(Box::new(gpu))) });
+        }
         let (device, queue) = adapter
-            .request_device(&wgpu::DeviceDescriptor {
-                label: Some("microscaling"),
-                required_features: Caps::useful_features(adapter) - options.without,
-                required_limits: limits,
-                // SAFETY: the experimental feature asked for is cooperative matrices, which the tensor tier's kernels use
-                // as naga and the driver are known to take them; without it, or on a device that a host opened without,
-                // that tier is not there.
-                experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
-                ..Default::default()
-            })
+            .request_device(&descriptor)
             .await
             .map_err(|error| Error::Gpu(format!("opening {}: {error}", adapter.get_info().name)))?;
         Ok(Context::gpu(device, queue, adapter, true, options.emulate_tensor))
@@ -487,6 +500,15 @@ impl Stream<'_> {
         if let Some(encoder) = self.encoder() {
             encoder.clear_buffer(buffer, 0, None);
         }
+    }
+
+    /// Zeroes ids.
+    pub(crate) fn clear_ids(&mut self, ids: &mut Ids) -> Result<()> {
+        match self.gpu() {
+            Some(_) => self.clear(ids.binding()?),
+            None => ids.data.cpu_mut().fill(0),
+        }
+        Ok(())
     }
 
     /// Records one dispatch of at least `groups` workgroups, spread over x and y, with `params` as the kernel's

@@ -64,6 +64,19 @@ pub enum Error {
     /// The graphics API refused something; a bug in this crate or in a driver.
     #[error("the graphics API reports: {0}")]
     Gpu(String),
+    /// A training recipe that says what does not exist, or what contradicts itself.
+    #[error("recipe: {0}")]
+    Recipe(String),
+    /// A training run that cannot go on.
+    #[error(
+        "step {step}: {what}; the last checkpoint is kept. A lower learning rate, or a milder recipe, may help"
+    )]
+    Diverged {
+        /// The step after which it was seen.
+        step: u64,
+        /// What is not finite.
+        what: String,
+    },
     /// A file or buffer whose contents contradict themselves.
     #[error("invalid data: {0}")]
     InvalidData(String),
@@ -75,4 +88,12 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+}
+
+impl Error {
+    /// What becomes of a system's error about `path`.
+    pub(crate) fn at(path: &std::path::Path) -> impl FnOnce(std::io::Error) -> Error {
+        let path = path.to_path_buf();
+        move |source| Error::Io { path, source }
+    }
 }

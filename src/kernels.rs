@@ -4,29 +4,52 @@
 //! A host with its own scheduler takes a [`Kernel`] from [`quantize::kernels`] or [`dequantize::kernels`] and runs it
 //! itself; [`Quantize::record`] and [`Dequantize::record`] are the other way in.
 
+pub(crate) mod act;
+pub mod adamw;
+pub mod add;
 pub mod anchors;
+pub mod attention;
 pub mod copy;
+pub mod cross_entropy;
 pub mod dequantize;
+pub mod embedding;
+pub mod gradient_norm;
 pub mod matmul;
+pub mod outliers;
 pub mod peak;
 pub mod permute;
 pub mod quantize;
+pub mod quantize_both;
+pub mod reduce;
+pub mod rmsnorm;
+pub mod rope;
 pub mod router;
+pub mod sort;
+pub mod swiglu;
 
+pub use adamw::{AdamW, AdamWDesc, AdamWState, Moments, StepScalars};
+pub use attention::{Attention, AttentionDesc};
 pub use copy::Copy;
 pub use dequantize::{Dequantize, DequantizeDesc};
+pub use gradient_norm::GradientNorm;
 pub use matmul::{Extras, Groups, Matmul, MatmulDesc, Operand, Output, Tier, Values};
+pub use outliers::{Quantile, Split};
 pub use peak::Peak;
 pub use quantize::{Quantize, QuantizeDesc};
+pub use quantize_both::{Guards, Hadamard, QuantizeBoth, Side, Signs};
+pub use rope::{Direction, Rope};
 pub use router::{Router, RouterDesc, Routes};
 
 use crate::engine::buffer::DType;
 use crate::engine::shader::{Kernel, Source, shader};
 use crate::formats::{Block, Element, MxSpec, ScaleFormat};
 
-/// Every kernel in every variant. Thousands: to be validated, or shipped as data.
+/// Every kernel in every variant (of [`QuantizeBoth`]'s a selection, see [`quantize_both::kernels`]). Thousands: to be
+/// validated, or shipped as data.
 pub fn all() -> Vec<Kernel> {
     let mut kernels = quantize::kernels();
+    kernels.extend(quantize_both::kernels());
+    kernels.extend(outliers::kernels());
     kernels.extend(dequantize::kernels());
     kernels.extend(anchors::kernels());
     kernels.extend(copy::kernels());
@@ -34,6 +57,17 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(matmul::kernels());
     kernels.extend(permute::kernels());
     kernels.extend(router::kernels());
+    kernels.extend(adamw::kernels());
+    kernels.extend(gradient_norm::kernels());
+    kernels.extend(add::kernels());
+    kernels.extend(cross_entropy::kernels());
+    kernels.extend(embedding::kernels());
+    kernels.extend(reduce::kernels());
+    kernels.extend(rmsnorm::kernels());
+    kernels.extend(sort::kernels());
+    kernels.extend(swiglu::kernels());
+    kernels.extend(rope::kernels());
+    kernels.extend(attention::kernels());
     kernels
 }
 

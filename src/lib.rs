@@ -14,6 +14,7 @@
 //! | what a machine's units can do at most | [`kernels::peak`] |
 //! | what `info --selftest` runs | [`selftest`] |
 //! | .safetensors files | [`interop`] |
+//! | training | [`train`] |
 
 pub mod engine;
 pub mod error;
@@ -23,6 +24,7 @@ pub mod kernels;
 pub mod report;
 pub mod rng;
 pub mod selftest;
+pub mod train;
 
 pub use engine::buffer::{DType, DeviceMxTensor, Ids, Tensor};
 pub use engine::{Context, DeviceChoice, Options, Stream};

@@ -5,6 +5,7 @@
 //! does.
 
 use crate::formats::NAMED;
+use crate::kernels::{Guards, Hadamard, QuantizeBoth, Side, Signs};
 use crate::rng::{ROUNDS, threefry4x32};
 use crate::{
     Axis, Block, Context, DType, Dequantize, DequantizeDesc, MXFP4, MXFP6_E2M3, MXINT8, Matmul,
@@ -29,8 +30,8 @@ pub async fn run(
     ctx: &Context,
     mut progress: impl FnMut(&str, usize, usize),
 ) -> Result<Vec<Digest>> {
-    let (cases, products) = (cases(), products());
-    let total = cases.len() + products.len();
+    let (cases, products, both) = (cases(), products(), both());
+    let total = cases.len() + products.len() + both.len();
     let mut digests = Vec::new();
     for (i, case) in cases.iter().enumerate() {
         progress(&case.name(), i, total);
@@ -40,7 +41,69 @@ pub async fn run(
         progress(&product.name(), cases.len() + i, total);
         digests.push(product.run(ctx).await?);
     }
+    for (i, both) in both.iter().enumerate() {
+        progress(&both.name(), cases.len() + products.len() + i, total);
+        digests.push(both.run(ctx).await?);
+    }
     Ok(digests)
+}
+
+/// Both layouts at once, with a transform down the columns.
+struct Both {
+    rows: Side,
+    columns: Side,
+    dtype: DType,
+}
+
+fn both() -> Vec<Both> {
+    let side = |spec, size, stream| Side {
+        spec,
+        scale_rule: Some(ScaleRule::Rceil),
+        rounding: Rounding::Stochastic { seed: 0x5eed, stream },
+        hadamard: (size > 0).then_some(Hadamard { size, signs: Signs::Random { seed: 0x5eed } }),
+    };
+    vec![
+        Both { rows: side(MXFP4, 0, 5), columns: side(MXFP4, 32, 6), dtype: DType::F32 },
+        Both { rows: side(NVFP4, 16, 5), columns: side(NVFP4, 16, 6), dtype: DType::BF16 },
+        Both { rows: side(MXFP6_E2M3, 32, 5), columns: side(MXINT8, 16, 6), dtype: DType::F32 },
+    ]
+}
+
+impl Both {
+    fn name(&self) -> String {
+        let side = |side: &Side| match side.hadamard {
+            Some(Hadamard { size, .. }) => format!("{} h{size}", side.spec),
+            None => side.spec.to_string(),
+        };
+        let [rows, cols] = SHAPE;
+        let (a, b) = (side(&self.rows), side(&self.columns));
+        format!("quantize-both {a} and {b} {} {rows}x{cols}", self.dtype)
+    }
+
+    async fn run(&self, ctx: &Context) -> Result<Digest> {
+        let [rows, cols] = SHAPE;
+        let x = ctx.upload(self.dtype, rows, cols, &input(self.dtype, rows, cols))?;
+        let mut a = ctx.zeros_mx(self.rows.spec, Axis::One, rows, cols)?;
+        let mut b = ctx.zeros_mx(self.columns.spec, Axis::Zero, rows, cols)?;
+        let mut stream = ctx.stream();
+        QuantizeBoth::new(ctx, Some(self.rows), Some(self.columns))?.record(
+            &mut stream,
+            &x,
+            Some(&mut a),
+            Some(&mut b),
+            &Guards::default(),
+            None,
+        )?;
+        ctx.submit(stream)?;
+        let mut hash = Fnv::new();
+        for packed in [a, b] {
+            let host = ctx.read_mx(&packed).await?;
+            hash.update(host.codes());
+            hash.update(host.scales());
+            hash.update(&host.tensor_scale().to_bits().to_le_bytes());
+        }
+        Ok(Digest { name: self.name(), digest: hash.0 })
+    }
 }
 
 /// A product of the exact tier, its operands quantized on the device.

@@ -615,6 +615,23 @@ fn kinds_of_operands(ctx: &Context, step: usize) -> Result<(), Failed> {
             problems.push(problem(i as u64, &desc(a, b, shape), Spread::Wild));
         }
     }
+    // Dense operands of 16 bits, loaded 16 bytes at a time along k or across it, and word by word.
+    for (i, dtype) in [DType::F16, DType::BF16].into_iter().enumerate() {
+        let rows = dense(dtype);
+        for (j, (a, b)) in [
+            (rows, rows),
+            (rows, rows.transposed()),
+            (rows.transposed(), rows),
+            (rows.transposed(), rows.transposed()),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            for shape in [[72, 136, 256], [70, 41, 100], [200, 24, 384]] {
+                problems.push(problem((50 + 10 * i + j) as u64, &desc(a, b, shape), Spread::Near));
+            }
+        }
+    }
     // Several in one, and one that is not whole tiles; squares along k of whole blocks.
     for (a, b, shape) in [
         (MXFP4.into(), MXFP4.into(), [5, 33, 64]),
@@ -773,12 +790,13 @@ fn grouped_along_k(ctx: &Context, step: usize) -> Result<(), Failed> {
         (desc(MXFP4, MXFP4, [20, 33, 288]), offsets(288)),
         (desc(across(DType::F16), MXFP8_E4M3, [33, 20, 256]), offsets(256)),
         (desc(NVFP4, MXFP6_E2M3, [20, 33, 256]), offsets(256)),
-        (desc(across(DType::BF16), across(DType::BF16), [20, 36, 256]), offsets(256)),
+        (desc(across(DType::BF16), across(DType::BF16), [24, 40, 256]), offsets(256)),
+        (desc(DType::BF16, across(DType::BF16), [20, 33, 384]), offsets(384)),
         (desc(squares, squares, [40, 33, 256]), offsets(256)),
         (desc(MXFP4.with_block(Block::Vector(64)), MXINT8, [5, 20, 256]), offsets(256)),
     ];
     for (i, (desc, offsets)) in cases.into_iter().enumerate() {
-        if step > 1 && i > 4 {
+        if step > 1 && i > 5 {
             continue;
         }
         let desc = MatmulDesc { experts: Some(5), group_k: true, ..desc };

@@ -5,6 +5,7 @@ var<workgroup> memory: array<vec4<u32>, SLICES * max(TILE_UNITS, STRIP_VECTORS)>
 
 fn tile_put(unit: u32, h: vec4<u32>) { memory[own_slice * TILE_UNITS + unit] = h; }
 fn strip_get(i: u32) -> f32 { return bitcast<f32>(memory[i / 4u][i % 4u]); }
+fn strip_get4(i: u32) -> vec4<f32> { return bitcast<vec4<f32>>(memory[i / 4u]); }
 
 // The slices' sums of this strip, put together.
 fn strip_join(lane: u32) {
@@ -25,9 +26,22 @@ fn sums_zero(sums: ptr<function, Sums>) {
     for (var f = 0u; f < FM * FN * OWN; f++) { (*sums)[f] = 0.0; }
 }
 
-fn half_at(row: u32, k: u32) -> f32 {
-    let pair = unpack2x16float(memory[own_slice * TILE_UNITS + row * PITCH + k / 8u][(k % 8u) / 2u]);
-    return select(pair.x, pair.y, k % 2u == 1u);
+// Element e of the row of units at `unit`.
+fn half_at(unit: u32, e: u32) -> f32 {
+    let word = memory[own_slice * TILE_UNITS + unit + e / 8u][(e % 8u) / 2u];
+    if (BF16) { return bitcast<f32>(select(word << 16u, word & 0xffff0000u, e % 2u == 1u)); }
+    let pair = unpack2x16float(word);
+    return select(pair.x, pair.y, e % 2u == 1u);
+}
+
+fn a_at(row: u32, k: u32) -> f32 {
+    if (A_COLUMNS) { return half_at(k * A_PITCH, row); }
+    return half_at(row * PITCH, k);
+}
+
+fn b_at(row: u32, k: u32) -> f32 {
+    if (B_COLUMNS) { return half_at(B_ROW0 * PITCH + k * B_PITCH, row); }
+    return half_at((B_ROW0 + row) * PITCH, k);
 }
 
 fn multiply(sums: ptr<function, Sums>, a_row: u32, b_row: u32) {
@@ -37,8 +51,8 @@ fn multiply(sums: ptr<function, Sums>, a_row: u32, b_row: u32) {
                 let at = own_lane * OWN + e;
                 var sum = (*sums)[(i * FN + j) * OWN + e];
                 for (var k = 0u; k < 32u; k++) {
-                    sum = fma(half_at(a_row + i * SUBGROUPS_M * FRAGMENT + at / FRAGMENT, k),
-                              half_at(BM + b_row + j * FRAGMENT + at % FRAGMENT, k), sum);
+                    sum = fma(a_at(a_row + i * SUBGROUPS_M * FRAGMENT + at / FRAGMENT, k),
+                              b_at(b_row + j * FRAGMENT + at % FRAGMENT, k), sum);
                 }
                 (*sums)[(i * FN + j) * OWN + e] = sum;
             }

@@ -10,6 +10,7 @@ fn tile_put(unit: u32, h: vec4<u32>) {
 // One slice only.
 fn strip_join(lane: u32) { }
 fn strip_get(i: u32) -> f32 { return strip[i]; }
+fn strip_get4(i: u32) -> vec4<f32> { return vec4<f32>(strip[i], strip[i + 1u], strip[i + 2u], strip[i + 3u]); }
 fn strip_put(i: u32, bits: u32) { strip[i] = bitcast<f32>(bits); }
 
 alias Sums = array<MatC, FM * FN>;
@@ -24,10 +25,13 @@ fn multiply(sums: ptr<function, Sums>, a_row: u32, b_row: u32) {
     for (var s = 0u; s < 32u / FRAGMENT; s++) { // unroll
         var b: array<MatB, FN>;
         for (var j = 0u; j < FN; j++) { // unroll
-            b[j] = coopLoad<MatB>(&tiles[2u * ((BM + b_row + j * FRAGMENT) * PITCH + s * (FRAGMENT / 8u))], 2u * PITCH);
+            let at = b_fragment(b_row + j * FRAGMENT, s);
+            if (B_COLUMNS) { b[j] = coopLoadT<MatB>(&tiles[2u * at], 2u * B_PITCH); } else { b[j] = coopLoad<MatB>(&tiles[2u * at], 2u * PITCH); }
         }
         for (var i = 0u; i < FM; i++) { // unroll
-            let a = coopLoadT<MatA>(&tiles[2u * ((a_row + i * SUBGROUPS_M * FRAGMENT) * PITCH + s * (FRAGMENT / 8u))], 2u * PITCH);
+            let at = a_fragment(a_row + i * SUBGROUPS_M * FRAGMENT, s);
+            var a: MatA;
+            if (A_COLUMNS) { a = coopLoad<MatA>(&tiles[2u * at], 2u * A_PITCH); } else { a = coopLoadT<MatA>(&tiles[2u * at], 2u * PITCH); }
             for (var j = 0u; j < FN; j++) { // unroll
                 (*sums)[i * FN + j] = coopMultiplyAdd(a, b[j], (*sums)[i * FN + j]);
             }

@@ -5,6 +5,7 @@ var<workgroup> memory: array<vec4<f32>, SLICES * max(TILE_UNITS, STRIP_VECTORS)>
 
 fn tile_put(unit: u32, h: vec4<u32>) { memory[own_slice * TILE_UNITS + unit] = bitcast<vec4<f32>>(h); }
 fn strip_get(i: u32) -> f32 { return memory[i / 4u][i % 4u]; }
+fn strip_get4(i: u32) -> vec4<f32> { return memory[i / 4u]; }
 
 // The slices' sums of this strip, put together.
 fn strip_join(lane: u32) {
@@ -29,10 +30,13 @@ fn multiply(sums: ptr<function, Sums>, a_row: u32, b_row: u32) {
     for (var s = 0u; s < 32u / FRAGMENT; s++) { // unroll
         var b: array<MatB, FN>;
         for (var j = 0u; j < FN; j++) { // unroll
-            b[j] = coopLoad<MatB>(&memory[own_slice * TILE_UNITS + (BM + b_row + j * FRAGMENT) * PITCH + s * (FRAGMENT / 8u)], PITCH);
+            let at = own_slice * TILE_UNITS + b_fragment(b_row + j * FRAGMENT, s);
+            if (B_COLUMNS) { b[j] = coopLoadT<MatB>(&memory[at], B_PITCH); } else { b[j] = coopLoad<MatB>(&memory[at], PITCH); }
         }
         for (var i = 0u; i < FM; i++) { // unroll
-            let a = coopLoadT<MatA>(&memory[own_slice * TILE_UNITS + (a_row + i * SUBGROUPS_M * FRAGMENT) * PITCH + s * (FRAGMENT / 8u)], PITCH);
+            let at = own_slice * TILE_UNITS + a_fragment(a_row + i * SUBGROUPS_M * FRAGMENT, s);
+            var a: MatA;
+            if (A_COLUMNS) { a = coopLoad<MatA>(&memory[at], A_PITCH); } else { a = coopLoadT<MatA>(&memory[at], PITCH); }
             for (var j = 0u; j < FN; j++) { // unroll
                 (*sums)[i * FN + j] = coopMultiplyAdd(a, b[j], (*sums)[i * FN + j]);
             }

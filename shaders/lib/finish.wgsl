@@ -14,6 +14,15 @@ fn scaled_sum(sum: f32, anchors: i32) -> u32 {
     let bits = bitcast<u32>(sum);
     let magnitude = bits & 0x7fffffffu;
     let sign = (bits ^ p.alpha) & 0x80000000u;
+    // A power of two moves the exponent, where both are normal: nearly always.
+    if ((p.alpha & 0x007fffffu) == 0u && !A_SCALE_E4M3 && !B_SCALE_E4M3) {
+        let biased = i32(magnitude >> 23u);
+        let alpha = i32((p.alpha >> 23u) & 255u);
+        let e = biased + alpha - 127 + anchors - 254 + p.exponent;
+        if (min(min(biased, alpha), e) > 0 && max(max(biased, alpha), e) < 255) {
+            return sign | (u32(e) << 23u) | (magnitude & 0x7fffffu);
+        }
+    }
     if (magnitude > F32_INFINITY) { return F32_NAN; }
     if (magnitude == F32_INFINITY) { return select(sign | F32_INFINITY, F32_NAN, (p.alpha & 0x7fffffffu) == 0u); }
     if (magnitude == 0u || (p.alpha & 0x7fffffffu) == 0u) { return 0u; }
@@ -29,10 +38,8 @@ fn scaled_sum(sum: f32, anchors: i32) -> u32 {
     return sign | f32_from_parts((m & 0x7fffffu) | 0x800000u, e - 23);
 }
 
-// The value at row i, column j of the tile's operands, before what y held is added.
-fn finished(sum: f32, i: u32, j: u32, valid: bool) -> u32 {
-    let ra = a_anchor(i);
-    let rb = b_anchor(j);
+// The value under the anchors of its row and column, before what y held is added.
+fn finished(sum: f32, ra: u32, rb: u32, valid: bool) -> u32 {
     if (ra == 255u || rb == 255u || !valid) { return F32_NAN; }
     return scaled_sum(sum, i32(ra) + i32(rb));
 }

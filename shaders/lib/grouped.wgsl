@@ -1,7 +1,7 @@
 // Rows of A grouped by expert. groups: [0] how often a group was invalid; then groups + 1 row offsets; then groups expert
 // ids. A group is invalid if its offsets descend or pass the last row, or if there is no such expert; its rows become NaN.
 
-fn tile_grouped(place: Tile, batch: u32, tm: u32, lane: u32) -> Tile {
+fn tile_grouped(place: Tile, tm: u32, lane: u32) -> Tile {
     var tile = place;
     var before = 0u;
     for (var g = 0u; g < p.groups; g++) {

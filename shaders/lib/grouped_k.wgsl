@@ -5,9 +5,9 @@
 var<private> own_k: vec2<u32>;
 var<workgroup> wg_k: vec2<u32>;
 
-fn tile_grouped(place: Tile, batch: u32, tm: u32, lane: u32) -> Tile {
+fn tile_grouped(place: Tile, tm: u32, lane: u32) -> Tile {
     var tile = place;
-    let g = min(batch, p.groups - 1u);
+    let g = min(tile.batch, p.groups - 1u);
     let start = atomicLoad(&groups[1u + g]);
     let end = atomicLoad(&groups[2u + g]);
     tile.valid = start <= end && end <= p.k && start % 32u == 0u && end % 32u == 0u;
@@ -27,7 +27,7 @@ fn tile_uniformly_there(tile: Tile, lane: u32) -> bool {
 fn k_end() -> u32 { return own_k.y; }
 
 // Known to be the same for the whole workgroup, which barriers ask for.
-fn tile_k(lane: u32) -> vec2<u32> {
+fn tile_k(tile: Tile, lane: u32) -> vec2<u32> {
     if (lane == 0u) { wg_k = own_k; }
     return workgroupUniformLoad(&wg_k);
 }

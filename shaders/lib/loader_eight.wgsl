@@ -1,15 +1,40 @@
-// The tensor tier's loader for any operand: eight positions of k at a time, straight from the bindings. `op_` as in
-// lib/operand.wgsl.
+// The tensor tier's loader for any MX operand: eight codes at a time, loaded one stage ahead. `op_` as in lib/operand.wgsl;
+// needs lib/operand_eight.wgsl. The interface of all loaders:
+//   open     once
+//   ahead    what stage 0 of the chunk at k needs
+//   load     before stage j of the chunk at k is multiplied: what comes after it, the next chunk being at `next`
+//   decode   after that: stage j's values in f16
+//   put      these to workgroup memory, where the fragments of lib/coop_*.wgsl expect them
 
-alias op_Unit = u32;
+struct op_Unit { raw: vec2<u32>, scale: u32, anchor: u32, h: vec4<u32> }
 
-fn op_open(units: ptr<function, array<op_Unit, OP_UNITS>>, row0: u32, limit: u32, r0: u32) { }
-
-fn op_fetch(units: ptr<function, array<op_Unit, OP_UNITS>>, row0: u32, limit: u32, r0: u32, k: u32) { }
-
-fn op_stage(units: ptr<function, array<op_Unit, OP_UNITS>>, row0: u32, limit: u32, r0: u32, k: u32, part: u32, j: u32) {
+fn op_open(units: ptr<function, array<op_Unit, OP_UNITS>>, row0: u32, limit: u32, r0: u32) {
     for (var u = 0u; u < OP_UNITS; u++) { // unroll
-        let r = r0 + u * ROW_STEP;
-        tile_put((OP_ROW0 + r) * PITCH + part, op_halves8(min(row0 + r, limit), k + part * 32u + j * 8u));
+        (*units)[u].anchor = op_anchor(op_within(row0 + r0 + u * ROW_STEP, limit));
+    }
+}
+
+fn op_ahead(units: ptr<function, array<op_Unit, OP_UNITS>>, row0: u32, limit: u32, r0: u32, k: u32) {
+    for (var u = 0u; u < OP_UNITS; u++) { // unroll
+        let i = op_within(row0 + r0 + u * ROW_STEP, limit);
+        let at = k + lane_part() * 32u;
+        (*units)[u].raw = op_raw8(i, at);
+        (*units)[u].scale = op_scale(i, at);
+    }
+}
+
+fn op_load(units: ptr<function, array<op_Unit, OP_UNITS>>, row0: u32, limit: u32, r0: u32, k: u32, next: u32, j: u32) {
+    op_ahead(units, row0, limit, r0, select(k + (j + 1u) * 8u, next, j == 3u));
+}
+
+fn op_decode(units: ptr<function, array<op_Unit, OP_UNITS>>, j: u32) {
+    for (var u = 0u; u < OP_UNITS; u++) { // unroll
+        (*units)[u].h = op_decode8((*units)[u].raw, (*units)[u].scale, (*units)[u].anchor);
+    }
+}
+
+fn op_put(units: ptr<function, array<op_Unit, OP_UNITS>>, r0: u32) {
+    for (var u = 0u; u < OP_UNITS; u++) { // unroll
+        tile_put((OP_ROW0 + r0 + u * ROW_STEP) * PITCH + lane_part(), (*units)[u].h);
     }
 }

@@ -41,7 +41,7 @@ struct Params {
 }
 
 // The tile of a workgroup; `rows` are left in it from its first row on.
-struct Tile { row: u32, col: u32, rows: u32, y_row: u32, valid: bool, there: bool }
+struct Tile { batch: u32, row: u32, col: u32, rows: u32, y_row: u32, valid: bool, there: bool }
 
 // Neighbouring workgroups share operands: RASTER tiles down before one across.
 fn tile_place(index: u32, lane: u32) -> Tile {
@@ -53,9 +53,9 @@ fn tile_place(index: u32, lane: u32) -> Tile {
     let height = min(p.tiles_m - first, RASTER);
     let tm = first + at % band % height;
     let tn = at % band / height;
-    var tile = Tile(tm * BM, tn * BN, 0u, 0u, true, index < tiles * p.batch);
+    var tile = Tile(batch, tm * BM, tn * BN, 0u, 0u, true, index < tiles * p.batch);
     if (GROUPED) {
-        return tile_grouped(tile, batch, tm, lane);
+        return tile_grouped(tile, tm, lane);
     }
     tile.rows = p.m - min(tile.row, p.m);
     tile.y_row = p.y_row + batch * p.y_stride + tile.row;

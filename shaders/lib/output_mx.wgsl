@@ -14,7 +14,7 @@ fn strip_store(tile: Tile, first: u32, lane: u32) {
         let c = u % BN;
         var value = 0u;
         if (first + r < tile.rows && tile.col + c < p.n) {
-            value = with_bias(finished(strip_get(u), tile.row + first + r, tile.col + c, tile.valid), tile.col + c);
+            value = with_bias(finished(strip_get(u), a_anchor(tile.row + first + r), b_anchor(tile.col + c), tile.valid), tile.col + c);
         }
         strip_put(u, value);
         atomicMax(&wg_amax[r / BLOCK_LINES * (BN / BLOCK) + c / BLOCK], value & 0x7fffffffu);

@@ -9,3 +9,5 @@ fn pack8(c: array<u32, 8>) -> u32 {
 fn pack16(a: array<u32, 8>, b: array<u32, 8>) -> Codes { return vec2<u32>(pack8(a), pack8(b)); }
 
 fn codes_store(unit: u32, c: Codes) { codes[unit] = c; }
+
+fn codes_get(c: Codes, i: u32) -> u32 { return (c[i / 8u] >> (4u * (i % 8u))) & 0xfu; }

@@ -13,3 +13,10 @@ fn codes_store(unit: u32, c: Codes) {
     codes[unit * 3u + 1u] = c.y;
     codes[unit * 3u + 2u] = c.z;
 }
+
+fn codes_get(c: Codes, i: u32) -> u32 {
+    let at = 6u * i % 32u;
+    var bits = c[6u * i / 32u] >> at;
+    if (at > 26u) { bits |= c[min(6u * i / 32u + 1u, 2u)] << (32u - at); }
+    return bits & 0x3fu;
+}

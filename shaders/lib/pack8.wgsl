@@ -10,3 +10,5 @@ fn pack16(a: array<u32, 8>, b: array<u32, 8>) -> Codes {
 }
 
 fn codes_store(unit: u32, c: Codes) { codes[unit] = c; }
+
+fn codes_get(c: Codes, i: u32) -> u32 { return (c[i / 4u] >> (8u * (i % 4u))) & 0xffu; }

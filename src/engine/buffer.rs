@@ -407,6 +407,17 @@ impl Ids {
         self.data.row_bytes / 4
     }
 
+    /// Writes all of them.
+    pub(crate) fn write(&mut self, ctx: &Context, ids: &[u32]) -> Result<()> {
+        if ids.len() != self.len() {
+            return Err(Error::Mismatch {
+                operation: "Ids::write",
+                problem: format!("{} ids, expected {}", ids.len(), self.len()),
+            });
+        }
+        self.data.write(ctx, bytemuck::cast_slice(ids))
+    }
+
     /// The only buffer on a GPU.
     pub(crate) fn binding(&self) -> Result<&wgpu::Buffer> {
         single(&self.data, "ids")
@@ -470,6 +481,15 @@ impl DeviceMxTensor {
     /// Bytes of codes and scales.
     pub fn bytes(&self) -> usize {
         self.codes.bytes() + self.scales.bytes()
+    }
+
+    /// The only buffers on a GPU: codes, scales and state.
+    pub(crate) fn bindings(&self) -> Result<[&wgpu::Buffer; 3]> {
+        Ok([
+            single(&self.codes, "a packed tensor of a training kernel")?,
+            single(&self.scales, "the scales of a packed tensor")?,
+            single(&self.state, "the state of a packed tensor")?,
+        ])
     }
 
     pub(crate) fn tensor_scaled(&self) -> bool {

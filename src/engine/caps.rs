@@ -4,7 +4,7 @@
 //! *converted* from one that can be *multiplied*, an extension from a usable configuration of it.
 
 #[cfg(not(target_arch = "wasm32"))]
-mod vulkan;
+pub(crate) mod vulkan;
 
 /// What an adapter (or the CPU engine) offers.
 #[derive(Clone, Debug)]

@@ -22,6 +22,8 @@ pub(crate) struct Gpu {
     pub(crate) emulate_tensor: bool,
     /// The cooperative matrices of the adapter: the sides of A's rows, B's columns and what is contracted, f16 to f32.
     pub(crate) matrices: Vec<[u32; 3]>,
+    /// Whether the device was opened with cooperative matrices of 16×16×16, bf16 to f32.
+    pub(crate) bf16_matrices: bool,
     pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
     lost: Arc<Mutex<Option<String>>>,
 }
@@ -68,6 +70,7 @@ impl Gpu {
             max_binding,
             emulate_tensor,
             matrices,
+            bf16_matrices: false,
             pipelines: Mutex::default(),
             lost,
         }

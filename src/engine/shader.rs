@@ -45,6 +45,9 @@ pub struct Kernel {
     pub spirv: bool,
 }
 
+/// The line of WGSL that asks [`crate::engine::spirv`] for fragments of bfloat16.
+pub(crate) const BF16_FRAGMENTS: &str = "// fragments: bf16";
+
 /// Builds a module from constants and fragments.
 #[derive(Default)]
 pub(crate) struct Source {
@@ -108,11 +111,39 @@ impl Source {
         self.fragment(&text.replace("op_", &format!("{name}_")))
     }
 
+    /// Appends another source in a namespace: everything that it declares gets the prefix. So a kernel can hold one codec
+    /// twice, with different constants.
+    pub(crate) fn module(mut self, prefix: &str, other: Source) -> Source {
+        let mut text = other.text;
+        for name in declarations(&text) {
+            text = replace_word(&text, &name, &format!("{prefix}{name}"));
+        }
+        self.text += "\n";
+        self.text += &text;
+        self.values
+            .extend(other.values.into_iter().map(|(name, v)| (format!("{prefix}{name}"), v)));
+        self
+    }
+
     pub(crate) fn build(self) -> String {
         let mut out = String::new();
         unroll(&self.text, &self.values, &mut out);
         out
     }
+}
+
+/// What a module declares: lines that start with `fn`, `const`, `struct`, `alias`, `var` or a binding's attributes.
+fn declarations(text: &str) -> Vec<String> {
+    let name = |line: &str| {
+        let rest = match line.split_once(' ')? {
+            ("fn" | "const" | "struct" | "alias", rest) => rest,
+            _ if line.starts_with("var<") || line.starts_with("@group") => line.split_once("> ")?.1,
+            _ => return None,
+        };
+        let end = rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len());
+        Some(rest[..end].to_string())
+    };
+    text.lines().filter_map(name).collect()
 }
 
 /// Copies `text` with its loops marked `// unroll` written out. Their form is
@@ -189,6 +220,18 @@ fn replace_word(text: &str, word: &str, by: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn modules_have_their_own_names() {
+        let text = "@group(0) @binding(1) var<storage, read> y: array<u32>;\nconst K = N;\nstruct S { m: u32 }\nfn f(s: S) -> u32 { return y[K] + s.m + other(g.y); }\n";
+        let built =
+            Source::new().module("a_", Source::new().constant("N", 2).fragment(text)).build();
+        assert!(built.contains("a_y: array") && built.contains("const a_K = a_N;"), "{built}");
+        assert!(
+            built.contains("fn a_f(s: a_S) -> u32 { return a_y[a_K] + s.m + other(g.y); }"),
+            "{built}"
+        );
+    }
 
     #[test]
     fn loops_are_unrolled() {

@@ -2,7 +2,8 @@
 //!
 //! naga 30 writes the module; three instructions are then put right, each of them local and checked by its pattern:
 //! - cooperative matrices A and B loaded from memory typed f32 get the component type f16, which Vulkan allows whatever the
-//!   pointer's type is (SPV_KHR_cooperative_matrix), and naga does not;
+//!   pointer's type is (SPV_KHR_cooperative_matrix), and naga does not; in a module with the line [`BF16_FRAGMENTS`] it is bfloat16
+//!   (SPV_KHR_bfloat16);
 //! - `unpack2x16float` followed by the conversion to f16, and the converse, become the bitcast that they are (naga types
 //!   `bitcast<vec2<f16>>` wrongly); exact either way.
 
@@ -12,10 +13,14 @@ use naga::back::spv;
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 
+use super::shader::BF16_FRAGMENTS;
+
 /// Instructions of a module: opcode and operands.
 type Instruction = (u16, Vec<u32>);
 
+const OP_EXTENSION: u16 = 10;
 const OP_EXT_INST: u16 = 12;
+const OP_CAPABILITY: u16 = 17;
 const OP_TYPE_INT: u16 = 21;
 const OP_TYPE_FLOAT: u16 = 22;
 const OP_TYPE_VECTOR: u16 = 23;
@@ -23,6 +28,9 @@ const OP_CONSTANT: u16 = 43;
 const OP_F_CONVERT: u16 = 115;
 const OP_BITCAST: u16 = 124;
 const OP_TYPE_COOPERATIVE_MATRIX: u16 = 4456;
+const CAPABILITY_BFLOAT16_TYPE: u32 = 5116;
+const CAPABILITY_BFLOAT16_COOPERATIVE_MATRIX: u32 = 5118;
+const ENCODING_BFLOAT16: u32 = 0;
 const GLSL_PACK_HALF_2X16: u32 = 58;
 const GLSL_UNPACK_HALF_2X16: u32 = 62;
 
@@ -52,10 +60,10 @@ pub fn compile(wgsl: &str) -> Result<Vec<u32>, String> {
     };
     let words =
         spv::write_vec(&module, &info, &options, None).map_err(|error| error.to_string())?;
-    correct(&words)
+    correct(&words, wgsl.lines().any(|line| line == BF16_FRAGMENTS))
 }
 
-fn correct(words: &[u32]) -> Result<Vec<u32>, String> {
+fn correct(words: &[u32], bf16: bool) -> Result<Vec<u32>, String> {
     let (header, mut rest) = words.split_at(5);
     let mut instructions: Vec<Instruction> = Vec::new();
     while let Some(first) = rest.first() {
@@ -66,7 +74,15 @@ fn correct(words: &[u32]) -> Result<Vec<u32>, String> {
     let id = |matches: &dyn Fn(&Instruction) -> bool| {
         instructions.iter().find(|i| matches(i)).map(|i| i.1[0])
     };
-    let f16 = id(&|(op, a)| *op == OP_TYPE_FLOAT && a[1] == 16).ok_or("no f16 in the module")?;
+    let mut header = header.to_vec();
+    let f16 = match id(&|(op, a)| *op == OP_TYPE_FLOAT && a[1] == 16) {
+        Some(f16) => f16,
+        // Word 3 is the bound of the ids.
+        None if bf16 => header[3],
+        None => return Err("no f16 in the module".into()),
+    };
+    // What A and B get.
+    let component = if bf16 { header[3] } else { f16 };
     let half2 = id(&|(op, a)| *op == OP_TYPE_VECTOR && a[1] == f16 && a[2] == 2);
     let u32_type = id(&|(op, a)| *op == OP_TYPE_INT && a[1] == 32 && a[2] == 0);
 
@@ -80,7 +96,7 @@ fn correct(words: &[u32]) -> Result<Vec<u32>, String> {
             }
             // Operands: result, component type, scope, rows, columns, use (0 for A, 1 for B).
             OP_TYPE_COOPERATIVE_MATRIX if constants.get(&a[5]).is_some_and(|used| *used < 2) => {
-                a[1] = f16;
+                a[1] = component;
             }
             OP_EXT_INST if a.len() == 5 && a[3] == GLSL_UNPACK_HALF_2X16 => {
                 unpacked.insert(a[1], a[4]);
@@ -105,16 +121,32 @@ fn correct(words: &[u32]) -> Result<Vec<u32>, String> {
         }
     }
     // A type must stand before its first use.
-    let float = instructions.iter().position(|(op, a)| *op == OP_TYPE_FLOAT && a[1] == 16);
-    let matrix =
-        instructions.iter().position(|(op, a)| *op == OP_TYPE_COOPERATIVE_MATRIX && a[1] == f16);
-    if let (Some(float), Some(matrix)) = (float, matrix) {
+    let matrix = instructions
+        .iter()
+        .position(|(op, a)| *op == OP_TYPE_COOPERATIVE_MATRIX && a[1] == component);
+    if bf16 {
+        let matrix = matrix.ok_or("no cooperative matrix in the module")?;
+        header[3] += 1;
+        let float = (OP_TYPE_FLOAT, vec![component, 16, ENCODING_BFLOAT16]);
+        instructions.insert(matrix, float);
+        let extension: Vec<u32> = b"SPV_KHR_bfloat16\0\0\0\0"
+            .chunks_exact(4)
+            .map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]]))
+            .collect();
+        let capabilities = instructions.iter().take_while(|(op, _)| *op == OP_CAPABILITY).count();
+        instructions.insert(capabilities, (OP_EXTENSION, extension));
+        for capability in [CAPABILITY_BFLOAT16_TYPE, CAPABILITY_BFLOAT16_COOPERATIVE_MATRIX] {
+            instructions.insert(capabilities, (OP_CAPABILITY, vec![capability]));
+        }
+    } else if let (Some(float), Some(matrix)) =
+        (instructions.iter().position(|(op, a)| *op == OP_TYPE_FLOAT && a[1] == 16), matrix)
+    {
         if matrix < float {
             let instruction = instructions.remove(float);
             instructions.insert(matrix, instruction);
         }
     }
-    let mut out = header.to_vec();
+    let mut out = header;
     for (op, operands) in instructions {
         out.push((operands.len() as u32 + 1) << 16 | u32::from(op));
         out.extend(operands);

@@ -314,7 +314,8 @@ impl MxTensor {
         let mut codes = vec![0; layout.codes_len()];
         let mut scales = vec![0; layout.scales_len()];
         let x = bytemuck::cast_slice(x);
-        let state = twin(desc, DType::F32, x, &layout, &mut codes, &mut scales);
+        let draws = Draws::new(desc.rounding, cols);
+        let state = twin(desc, DType::F32, x, &layout, draws, &mut codes, &mut scales);
         MxTensor::from_parts(layout, codes, scales, f32::from_bits(state[2]))
     }
 }
@@ -323,14 +324,58 @@ impl MxTensor {
 
 /// Packs elements, row-major, into `out` on the CPU engine; its anchors too.
 pub(super) fn pack_on_cpu(desc: &QuantizeDesc, dtype: DType, x: &[u32], out: &mut DeviceMxTensor) {
+    let layout = out.layout;
+    pack(desc, dtype, x, &layout, Draws::new(desc.rounding, layout.cols), out);
+}
+
+/// Packs vector blocks whose lines are laid out one behind the other, padded to whole blocks with zeros: those of rows as
+/// they are, those of columns transposed, then with the draws of their elements in the same order.
+pub(super) fn pack_lines(
+    desc: &QuantizeDesc,
+    lines: &[f32],
+    draws: Option<&[u16]>,
+    out: &mut DeviceMxTensor,
+) {
+    let real = out.layout;
+    let cols = real.blocks() * real.spec.block.len();
+    let layout = Layout { axis: Axis::One, rows: real.lines(), cols, ..real };
+    let draws = draws.map_or_else(|| Draws::new(desc.rounding, real.cols), Draws::Given);
+    pack(desc, DType::F32, bytemuck::cast_slice(lines), &layout, draws, out);
+}
+
+fn pack(
+    desc: &QuantizeDesc,
+    dtype: DType,
+    x: &[u32],
+    layout: &Layout,
+    draws: Draws<'_>,
+    out: &mut DeviceMxTensor,
+) {
     let codes_len = out.codes.bytes();
     let scales_len = out.scales.bytes();
     let codes = &mut bytemuck::cast_slice_mut(out.codes.cpu_mut())[..codes_len];
     let scales = &mut bytemuck::cast_slice_mut(out.scales.cpu_mut())[..scales_len];
-    let state = twin(desc, dtype, x, &out.layout, codes, scales);
+    let state = twin(desc, dtype, x, layout, draws, codes, scales);
     let anchors = anchors::anchors(&out.layout, scales);
     out.state.cpu_mut()[..3].copy_from_slice(&state);
     out.state.cpu_mut()[STATE_WORDS..].copy_from_slice(&anchors);
+}
+
+/// Where a job's random bits come from.
+#[derive(Clone, Copy)]
+enum Draws<'a> {
+    /// Rounding to nearest draws nothing.
+    Nearest,
+    /// By row and column of the job's layout.
+    Elements(RoundingBits),
+    /// One an element, in the order of the elements.
+    Given(&'a [u16]),
+}
+
+impl Draws<'_> {
+    fn new(rounding: Rounding, cols: usize) -> Self {
+        RoundingBits::new(rounding, cols).map_or(Draws::Nearest, Draws::Elements)
+    }
 }
 
 /// Quantizes `x` (packed in words) on the CPU, on all cores. Returns the state: blocks with NaN or infinity, NVFP4's
@@ -340,6 +385,7 @@ fn twin(
     dtype: DType,
     x: &[u32],
     layout: &Layout,
+    draws: Draws<'_>,
     codes: &mut [u8],
     scales: &mut [u8],
 ) -> [u32; 3] {
@@ -352,15 +398,7 @@ fn twin(
             scale::nvfp4_tensor_scale(amax)
         }
     };
-    let job = Job {
-        desc,
-        dtype,
-        x,
-        layout,
-        carry: desc.carry(),
-        tensor_scale,
-        bits: RoundingBits::new(desc.rounding, layout.cols),
-    };
+    let job = Job { desc, dtype, x, layout, carry: desc.carry(), tensor_scale, draws };
     let block_bytes = layout.block_bytes();
     let blocks = layout.blocks();
     // Blocks of vectors along a row lie one behind the other in the output: any number of them is a piece of work. Down
@@ -450,7 +488,7 @@ struct Job<'a> {
     layout: &'a Layout,
     carry: u32,
     tensor_scale: u32,
-    bits: Option<RoundingBits>,
+    draws: Draws<'a>,
 }
 
 impl Job<'_> {
@@ -503,7 +541,16 @@ impl Job<'_> {
 
     /// How the elements of a line from `start` on, a multiple of 16, are rounded.
     fn rounds(&self, line: usize, start: usize, out: &mut [Round]) {
-        let Some(bits) = &self.bits else { return };
+        let bits = match &self.draws {
+            Draws::Nearest => return,
+            Draws::Elements(bits) => bits,
+            Draws::Given(draws) => {
+                for (round, r) in out.iter_mut().zip(&draws[line * self.layout.cols + start..]) {
+                    *round = Round::Stochastic(*r);
+                }
+                return;
+            }
+        };
         for (g, out) in out.chunks_mut(8).enumerate() {
             match self.layout.axis {
                 // One draw serves eight elements of a row.
@@ -641,7 +688,8 @@ impl Variant {
                     .constant("TILE_ROWS", rows)
                     .constant("TILE_COLS", cols)
                     .fragment(load(vec4))
-                    .fragment(shader!("lib/tile.wgsl"));
+                    .fragment(shader!("lib/tile.wgsl"))
+                    .fragment(shader!("lib/put_scale.wgsl"));
                 let source = match axis {
                     Axis::One => source.fragment(shader!("quantize_square.wgsl")),
                     Axis::Zero => source

@@ -9,7 +9,7 @@ use super::Capability;
 /// `VK_COMPONENT_TYPE_*` values newer than ash 0.38's headers (Vulkan 1.4.360 registry).
 const FLOAT8_E4M3: i32 = 1_000_491_002;
 const FLOAT8_E5M2: i32 = 1_000_491_003;
-const BFLOAT16: i32 = 1_000_141_000;
+pub(crate) const BFLOAT16: i32 = 1_000_141_000;
 const FLOAT4_E2M1_NAME: &str = "a component type newer than this probe";
 
 /// The lines that only Vulkan can answer; on other backends they say so.
@@ -120,10 +120,7 @@ fn cooperative(
             Vec::new(),
         );
     }
-    let khr = ash::khr::cooperative_matrix::Instance::new(entry, instance);
-    // SAFETY: the extension is in the physical device's list, so its instance-level function resolves.
-    let properties = unsafe { khr.get_physical_device_cooperative_matrix_properties(device) };
-    let Ok(properties) = properties else {
+    let Some(properties) = configurations(entry, instance, device) else {
         return (
             Capability::new(NAME, false, "the driver refuses to list its configurations"),
             Vec::new(),
@@ -132,21 +129,39 @@ fn cooperative(
     let mut types = Vec::new();
     let mut list = Vec::new();
     for p in &properties {
-        types.extend([p.a_type.as_raw(), p.b_type.as_raw()]);
-        let text = format!(
-            "{}x{}x{} {}·{}→{}",
-            p.m_size,
-            p.n_size,
-            p.k_size,
-            component(p.a_type),
-            component(p.b_type),
-            component(p.result_type)
-        );
+        let [m, n, k] = p.size;
+        let [a, b, _, result] = p.types;
+        types.extend([a.as_raw(), b.as_raw()]);
+        let text = format!("{m}x{n}x{k} {}·{}→{}", component(a), component(b), component(result));
         if !list.contains(&text) {
             list.push(text);
         }
     }
     (Capability::new(NAME, !list.is_empty(), list.join(", ")), types)
+}
+
+/// A cooperative configuration: m, n, k; the types of A, B, C and the result; whether it is a subgroup's.
+pub(crate) struct Configuration {
+    pub(crate) size: [u32; 3],
+    pub(crate) types: [vk::ComponentTypeKHR; 4],
+    pub(crate) subgroup: bool,
+}
+
+/// The driver's cooperative configurations; only where it has VK_KHR_cooperative_matrix.
+pub(crate) fn configurations(
+    entry: &ash::Entry,
+    instance: &ash::Instance,
+    device: vk::PhysicalDevice,
+) -> Option<Vec<Configuration>> {
+    let khr = ash::khr::cooperative_matrix::Instance::new(entry, instance);
+    // SAFETY: the extension is in the physical device's list, so its instance-level function resolves.
+    let list = unsafe { khr.get_physical_device_cooperative_matrix_properties(device) }.ok()?;
+    let configuration = |p: &vk::CooperativeMatrixPropertiesKHR<'_>| Configuration {
+        size: [p.m_size, p.n_size, p.k_size],
+        types: [p.a_type, p.b_type, p.c_type, p.result_type],
+        subgroup: p.scope == vk::ScopeKHR::SUBGROUP,
+    };
+    Some(list.iter().map(configuration).collect())
 }
 
 fn component(t: vk::ComponentTypeKHR) -> String {

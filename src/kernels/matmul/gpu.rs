@@ -1,9 +1,9 @@
 //! Recording a product on a GPU, and its kernels.
 
-use super::tier::{self, Fragments, Shape};
+use super::tier::{self, Fragments, Load, Shape};
 use super::{Extras, Input, Matmul, MatmulDesc, Operand, Output, Target, Tier, Values};
 use crate::engine::buffer::{Chunk, DType, Rows, STATE_WORDS};
-use crate::engine::shader::{Binding, Kernel, Source, shader};
+use crate::engine::shader::{BF16_FRAGMENTS, Binding, Kernel, Source, shader};
 use crate::engine::{Engine, Stream};
 use crate::formats::{Block, Element, MxSpec, Rounding, ScaleFormat};
 use crate::kernels::{
@@ -312,8 +312,10 @@ struct Variant {
     shape: Shape,
     a: Operand,
     b: Operand,
-    /// Whether an operand's codes are loaded 16 bytes at a time, see [`tier::wide`].
-    nibbles: [bool; 2],
+    /// How the operands are read.
+    load: [Load; 2],
+    /// Whether lines of A and of B fill whole tiles.
+    whole: [bool; 2],
     segments: u32,
     out: Out,
     bias: bool,
@@ -327,34 +329,55 @@ enum Grouped {
     K,
 }
 
+/// What rows of a dense output are whole multiples of.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Ends {
+    /// Four elements.
+    Quads,
+    /// Words.
+    Words,
+    /// Elements of 16 bits: two rows may share a word.
+    Halves,
+}
+
+impl Ends {
+    fn of(dtype: DType, n: usize) -> Ends {
+        match (dtype.size(), n % 4) {
+            (_, 0) => Ends::Quads,
+            (2, 1 | 3) => Ends::Halves,
+            _ => Ends::Words,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 enum Out {
-    /// odd: rows end within words.
-    Dense {
-        dtype: DType,
-        odd: bool,
-    },
-    Mx {
-        spec: MxSpec,
-        stochastic: bool,
-    },
+    Dense { dtype: DType, ends: Ends },
+    Mx { spec: MxSpec, stochastic: bool },
 }
 
 impl Variant {
     fn new(desc: &MatmulDesc, tier: Tier, shape: Shape) -> Variant {
-        let wide = matches!(shape, Shape::Tensor { .. } | Shape::Skinny { halves: true, .. });
-        let nibbles = [desc.a, desc.b].map(|operand| wide && tier::wide(&operand, desc.k));
+        let vectors = matches!(shape, Shape::Tensor { .. } | Shape::Skinny { halves: true, .. });
+        let load = |operand: &Operand, outputs| match vectors {
+            true => tier::load(operand, desc.k, outputs),
+            false => Load::Words,
+        };
+        let [bm, bn] = shape.outputs().map(|side| side as usize);
+        let tensor = matches!(shape, Shape::Tensor { .. });
         Variant {
             tier,
             shape,
             a: desc.a,
             b: desc.b,
-            nibbles,
+            load: [load(&desc.a, desc.m), load(&desc.b, desc.n)],
+            whole: [
+                tensor && (desc.experts.is_none() || desc.group_k) && desc.m.is_multiple_of(bm),
+                tensor && desc.n.is_multiple_of(bn),
+            ],
             segments: if tier == Tier::Exact { tier::segments(desc) } else { 1 },
             out: match desc.out {
-                Output::Dense(dtype) => {
-                    Out::Dense { dtype, odd: dtype.size() == 2 && !desc.n.is_multiple_of(2) }
-                }
+                Output::Dense(dtype) => Out::Dense { dtype, ends: Ends::of(dtype, desc.n) },
                 Output::Mx(QuantizeDesc { spec, rounding, .. }) => {
                     Out::Mx { spec, stochastic: rounding != Rounding::NearestEven }
                 }
@@ -369,13 +392,18 @@ impl Variant {
     }
 
     fn name(&self) -> String {
-        let operand = |operand: Operand, nibbles: bool| {
+        let operand = |operand: Operand, load: Load, whole: bool| {
             let values = match operand.values {
                 Values::Mx(spec) => format_name(spec),
                 Values::Dense(dtype) => dtype.to_string(),
             };
             let transposed = if operand.transposed { "-t" } else { "" };
-            format!("{values}{transposed}{}", if nibbles { "-nibbles" } else { "" })
+            let load = match load {
+                Load::Words => "",
+                Load::Vectors => "-vectors",
+                Load::Columns => "-columns",
+            };
+            format!("{values}{transposed}{load}{}", if whole { "-whole" } else { "" })
         };
         let shape = match self.shape {
             Shape::Tile { bm, bn, tm, tn } => format!("tile{bm}x{bn}.{tm}x{tn}"),
@@ -387,7 +415,7 @@ impl Variant {
             }
         };
         let out = match self.out {
-            Out::Dense { dtype, odd } => format!("{dtype}{}", if odd { "-odd" } else { "" }),
+            Out::Dense { dtype, ends } => format!("{dtype}-{ends:?}").to_lowercase(),
             Out::Mx { spec, stochastic } => {
                 format!("{}{}", format_name(spec), if stochastic { "-stochastic" } else { "" })
             }
@@ -395,8 +423,8 @@ impl Variant {
         format!(
             "matmul.{}.{shape}.{}.{}.{out}{}{}",
             self.tier,
-            operand(self.a, self.nibbles[0]),
-            operand(self.b, self.nibbles[1]),
+            operand(self.a, self.load[0], self.whole[0]),
+            operand(self.b, self.load[1], self.whole[1]),
             if self.bias { ".bias" } else { "" },
             match self.grouped {
                 Grouped::No => "",
@@ -409,10 +437,8 @@ impl Variant {
     /// The bindings after the parameters: names, types, and whether they are written.
     fn storage(&self) -> Vec<(String, &'static str, bool)> {
         let mut list = Vec::new();
-        for (name, operand, nibbles) in
-            [("a", self.a, self.nibbles[0]), ("b", self.b, self.nibbles[1])]
-        {
-            let codes = if nibbles { "array<vec4<u32>>" } else { "array<u32>" };
+        for (name, operand, load) in [("a", self.a, self.load[0]), ("b", self.b, self.load[1])] {
+            let codes = if load == Load::Words { "array<u32>" } else { "array<vec4<u32>>" };
             list.push((format!("{name}_codes"), codes, false));
             if let Values::Mx(_) = operand.values {
                 list.push((format!("{name}_scales"), "array<u32>", false));
@@ -420,12 +446,14 @@ impl Variant {
             }
         }
         match self.out {
-            Out::Dense { odd, .. } => {
-                list.push((
-                    "y".into(),
-                    if odd { "array<atomic<u32>>" } else { "array<u32>" },
-                    true,
-                ));
+            Out::Dense { dtype, ends } => {
+                let ty = match (ends, dtype) {
+                    (Ends::Quads, DType::F32) => "array<vec4<u32>>",
+                    (Ends::Quads, _) => "array<vec2<u32>>",
+                    (Ends::Words, _) => "array<u32>",
+                    (Ends::Halves, _) => "array<atomic<u32>>",
+                };
+                list.push(("y".into(), ty, true));
             }
             Out::Mx { .. } => {
                 list.push(("codes".into(), "array<CodesWord>", true));
@@ -460,10 +488,24 @@ impl Variant {
         }
     }
 
+    /// Rows of outputs that go through workgroup memory at a time.
+    fn strip_rows(&self) -> u32 {
+        match self.shape {
+            Shape::Tile { .. } => match self.out {
+                Out::Mx { spec, .. } if spec.block.lines() > 1 => 32,
+                _ => 16,
+            },
+            Shape::Skinny { m, .. } => m,
+            Shape::Tensor { subgroups, side, .. } => subgroups[0] * side,
+        }
+    }
+
     fn kernel(&self) -> Kernel {
         let tensor = matches!(self.shape, Shape::Tensor { .. });
+        let bf16 =
+            [self.a, self.b].iter().all(|o| o.values == Values::Dense(DType::BF16)) && tensor;
         let mut source = Source::new();
-        let (mut features, mut spirv) = (wgpu::Features::empty(), false);
+        let (mut features, mut passthrough) = (wgpu::Features::empty(), false);
         let halves = matches!(self.shape, Shape::Skinny { halves: true, .. });
         if tensor || halves {
             source = source.line("enable f16;");
@@ -471,7 +513,7 @@ impl Variant {
         }
         if halves {
             // The bits of f16 are taken as they are.
-            spirv = true;
+            passthrough = true;
             features |= wgpu::Features::PASSTHROUGH_SHADERS;
         }
         if let Shape::Tensor { side, by: by @ (Fragments::Spirv | Fragments::Wgsl), .. } =
@@ -485,23 +527,23 @@ impl Variant {
                 source = source
                     .line(&format!("alias Mat{name} = coop_mat{side}x{side}<{scalar}, {name}>;"));
             }
+            if bf16 {
+                source = source.line(BF16_FRAGMENTS);
+            }
             if by == Fragments::Spirv {
-                spirv = true;
+                passthrough = true;
                 features |= wgpu::Features::PASSTHROUGH_SHADERS;
             }
         }
         source = source.constant("WG", self.workgroup()).constant("RASTER", RASTER);
         source = match self.shape {
-            Shape::Tile { bm, bn, tm, tn } => {
-                let square = matches!(self.out, Out::Mx { spec, .. } if spec.block.lines() > 1);
-                source
-                    .constant("BM", bm)
-                    .constant("BN", bn)
-                    .constant("TM", tm)
-                    .constant("TN", tn)
-                    .constant("UNITS", ((bm + bn) * self.stage() / 8).div_ceil(WORKGROUP))
-                    .constant("STRIP_ROWS", if square { 32 } else { 16 })
-            }
+            Shape::Tile { bm, bn, tm, tn } => source
+                .constant("BM", bm)
+                .constant("BN", bn)
+                .constant("TM", tm)
+                .constant("TN", tn)
+                .constant("UNITS", ((bm + bn) * self.stage() / 8).div_ceil(WORKGROUP))
+                .constant("STRIP_ROWS", self.strip_rows()),
             Shape::Skinny { m, rn, .. } => source
                 .constant("M", m)
                 .constant("RN", rn)
@@ -527,7 +569,8 @@ impl Variant {
             .constant("SEGMENTS", self.segments)
             .constant("STAGE", self.stage())
             .flag("NIBBLES", same(self.a, self.b))
-            .flag("PAIRS", self.nibbles == [true, true])
+            .flag("PAIRS", same(self.a, self.b) && self.load == [Load::Vectors; 2])
+            .flag("BF16", bf16)
             .flag("BIAS", self.bias)
             .flag("GROUPED", self.grouped != Grouped::No)
             .flag("GROUPED_K", self.grouped == Grouped::K);
@@ -537,8 +580,12 @@ impl Variant {
                 type_constants(source.append(format_constants(spec)), "X_TYPE", DType::F32)
             }
         };
-        for (name, operand) in [('a', self.a), ('b', self.b)] {
+        for (side, (name, operand)) in [('a', self.a), ('b', self.b)].into_iter().enumerate() {
             source = operand_constants(source, name, operand);
+            let prefix = name.to_ascii_uppercase();
+            source = source
+                .flag(&format!("{prefix}_COLUMNS"), self.load[side] == Load::Columns)
+                .flag(&format!("{prefix}_WHOLE"), self.whole[side]);
         }
         source = source.line("@group(0) @binding(0) var<uniform> p: Params;");
         for (binding, (name, ty, write)) in (1..).zip(self.storage()) {
@@ -549,13 +596,14 @@ impl Variant {
         }
         source = source.fragment(shader!("lib/matmul_params.wgsl"));
         source = match self.out {
-            Out::Dense { odd, .. } => source
+            Out::Dense { dtype, ends } => source
                 .fragment(shader!("lib/float.wgsl"))
                 .fragment(shader!("lib/narrow.wgsl"))
-                .fragment(if odd {
-                    shader!("lib/y_atomic.wgsl")
-                } else {
-                    shader!("lib/y_plain.wgsl")
+                .fragment(match (ends, dtype) {
+                    (Ends::Quads, DType::F32) => shader!("lib/y_quads_f32.wgsl"),
+                    (Ends::Quads, _) => shader!("lib/y_quads_16.wgsl"),
+                    (Ends::Words, _) => shader!("lib/y_plain.wgsl"),
+                    (Ends::Halves, _) => shader!("lib/y_atomic.wgsl"),
                 }),
             Out::Mx { spec, stochastic } => codec(source, spec)
                 .fragment(if stochastic {
@@ -578,44 +626,49 @@ impl Variant {
                 .fragment(shader!("lib/halves.wgsl"))
                 .fragment(shader!("lib/nibble_pair.wgsl"));
         }
-        for (name, operand, nibbles) in
-            [('a', self.a, self.nibbles[0]), ('b', self.b, self.nibbles[1])]
-        {
-            source = match operand.values {
-                Values::Dense(_) => source.operand(name, shader!("lib/operand_dense.wgsl")),
-                Values::Mx(_) => source.operand(name, shader!("lib/operand.wgsl")),
-            };
-            if matches!(operand.values, Values::Mx(_)) && !nibbles {
-                source = source.operand(name, shader!("lib/operand_codes.wgsl"));
-            }
-            source = match (operand.values, tensor, self.tier) {
-                (Values::Dense(_), true, _) => {
-                    source.operand(name, shader!("lib/operand_f16.wgsl"))
+        for (name, operand, load) in [('a', self.a, self.load[0]), ('b', self.b, self.load[1])] {
+            let words = load == Load::Words;
+            let fragments: &[&str] = match (operand.values, tensor, self.tier) {
+                (Values::Dense(_), true, _) if load == Load::Columns => {
+                    &[shader!("lib/operand_dense.wgsl"), shader!("lib/loader_columns.wgsl")]
                 }
-                (Values::Dense(_), false, _) => source,
-                (Values::Mx(_), true, _) => {
-                    source.operand(name, shader!("lib/operand_halves.wgsl"))
-                }
-                (Values::Mx(_), false, Tier::Exact) if nibbles => source,
-                (Values::Mx(_), false, Tier::Exact) => {
-                    source.operand(name, shader!("lib/operand_ints.wgsl"))
-                }
-                (Values::Mx(_), false, _) => {
-                    source.operand(name, shader!("lib/operand_values.wgsl"))
-                }
-            };
-            if tensor {
-                if matches!(operand.values, Values::Mx(_)) && !nibbles {
-                    source = source.operand(name, shader!("lib/operand_eight.wgsl"));
-                }
-                source = source.operand(
-                    name,
-                    if nibbles {
-                        shader!("lib/loader_nibbles.wgsl")
-                    } else {
-                        shader!("lib/loader_eight.wgsl")
+                (Values::Dense(_), true, _) => &[
+                    shader!("lib/operand_dense.wgsl"),
+                    match words {
+                        true => shader!("lib/dense_words.wgsl"),
+                        false => shader!("lib/dense_vectors.wgsl"),
                     },
-                );
+                    shader!("lib/loader_dense.wgsl"),
+                ],
+                (Values::Dense(_), false, _) => {
+                    &[shader!("lib/operand_dense.wgsl"), shader!("lib/dense_words.wgsl")]
+                }
+                (Values::Mx(_), true, _) if words => &[
+                    shader!("lib/operand.wgsl"),
+                    shader!("lib/operand_codes.wgsl"),
+                    shader!("lib/operand_halves.wgsl"),
+                    shader!("lib/operand_eight.wgsl"),
+                    shader!("lib/loader_eight.wgsl"),
+                ],
+                (Values::Mx(_), true, _) => &[
+                    shader!("lib/operand.wgsl"),
+                    shader!("lib/operand_halves.wgsl"),
+                    shader!("lib/loader_nibbles.wgsl"),
+                ],
+                (Values::Mx(_), false, Tier::Exact) if !words => &[shader!("lib/operand.wgsl")],
+                (Values::Mx(_), false, Tier::Exact) => &[
+                    shader!("lib/operand.wgsl"),
+                    shader!("lib/operand_codes.wgsl"),
+                    shader!("lib/operand_ints.wgsl"),
+                ],
+                (Values::Mx(_), false, _) => &[
+                    shader!("lib/operand.wgsl"),
+                    shader!("lib/operand_codes.wgsl"),
+                    shader!("lib/operand_values.wgsl"),
+                ],
+            };
+            for fragment in fragments {
+                source = source.operand(name, fragment);
             }
         }
         source = source
@@ -635,6 +688,7 @@ impl Variant {
             })
             .fragment(shader!("lib/finish.wgsl"))
             .fragment(match self.out {
+                Out::Dense { ends: Ends::Quads, .. } => shader!("lib/output_quads.wgsl"),
                 Out::Dense { .. } => shader!("lib/output_dense.wgsl"),
                 Out::Mx { .. } => shader!("lib/output_mx.wgsl"),
             });
@@ -669,7 +723,7 @@ impl Variant {
             bindings: self.bindings(),
             workgroup_size: self.workgroup(),
             features,
-            spirv,
+            spirv: passthrough,
         }
     }
 }
@@ -751,9 +805,14 @@ pub fn kernels() -> Vec<Kernel> {
     for (tier, shape) in shapes {
         let tensor = tier == Tier::Tensor;
         let halves = matches!(shape, Shape::Skinny { halves: true, .. });
-        let nibbles = |values| tier::wide(&Operand { values, transposed: false }, 128);
+        let reads = |values| match tensor || halves {
+            true => tier::load(&Operand { values, transposed: false }, 128, 128),
+            false => Load::Words,
+        };
         let takes = |values: Values| match tier {
-            Tier::Exact if halves => nibbles(values),
+            Tier::Exact if halves => {
+                reads(values) == Load::Vectors && matches!(values, Values::Mx(_))
+            }
             Tier::Exact => tier::integers(values),
             Tier::Tensor => !matches!(values, Values::Dense(DType::F32 | DType::BF16)),
             _ => true,
@@ -763,7 +822,8 @@ pub fn kernels() -> Vec<Kernel> {
             shape,
             a: Operand { values: a, transposed: false },
             b: Operand { values: b, transposed: false },
-            nibbles: [a, b].map(|v| (tensor || halves) && nibbles(v)),
+            load: [a, b].map(reads),
+            whole: [false; 2],
             segments: match (
                 tier,
                 [a, b].iter().any(|v| matches!(v, Values::Mx(s) if s.block.len() < 32)),
@@ -771,7 +831,7 @@ pub fn kernels() -> Vec<Kernel> {
                 (Tier::Exact, true) => 2,
                 _ => 1,
             },
-            out: Out::Dense { dtype: DType::F32, odd: false },
+            out: Out::Dense { dtype: DType::F32, ends: Ends::Quads },
             bias: false,
             grouped: Grouped::No,
         };
@@ -780,13 +840,39 @@ pub fn kernels() -> Vec<Kernel> {
             for b in values.iter().copied().filter(|v| takes(*v)) {
                 variants.push(plain(a, b));
             }
+            if !halves && reads(a) != Load::Words {
+                variants.push(Variant { load: [Load::Words; 2], ..plain(a, a) });
+            }
             if matches!(a, Values::Dense(_)) || matches!(a, Values::Mx(s) if s.block.lines() > 1) {
                 let mut variant = plain(mxfp4, a);
                 if takes(mxfp4) && !halves {
-                    variant.nibbles[1] = false;
                     variant.b.transposed = true;
+                    variant.load[1] = Load::Words;
                     variants.push(variant);
+                    if tensor && matches!(a, Values::Dense(_)) {
+                        variants.push(Variant {
+                            a: variant.b,
+                            load: [Load::Columns; 2],
+                            ..variant
+                        });
+                        variant.b.transposed = false;
+                        variants.push(variant);
+                    }
                 }
+            }
+        }
+        if tensor {
+            variants.push(Variant { whole: [true; 2], ..plain(mxfp4, mxfp4) });
+        }
+        if matches!(shape, Shape::Tensor { by: Fragments::Spirv | Fragments::Emulated, .. }) {
+            let bf16 = plain(Values::Dense(DType::BF16), Values::Dense(DType::BF16));
+            let transposed = Operand { transposed: true, ..bf16.a };
+            let mixed = Variant { b: transposed, load: [Load::Vectors, Load::Columns], ..bf16 };
+            let columns = Variant { a: transposed, load: [Load::Columns; 2], ..mixed };
+            let words = Variant { load: [Load::Words; 2], ..bf16 };
+            for variant in [bf16, mixed, columns, words] {
+                variants.push(variant);
+                variants.push(Variant { grouped: Grouped::K, ..variant });
             }
         }
         for (bias, grouped) in [(true, Grouped::No), (false, Grouped::Rows), (true, Grouped::Rows)]
@@ -797,17 +883,20 @@ pub fn kernels() -> Vec<Kernel> {
         if !matches!(shape, Shape::Skinny { .. }) {
             for x in values.iter().copied().filter(|v| takes(*v)) {
                 let mut variant = Variant { grouped: Grouped::K, ..plain(x, x) };
-                if let Values::Dense(_) = x {
-                    variant.a.transposed = true;
-                    variant.b.transposed = true;
-                }
                 variants.push(variant);
+                variants.push(Variant { load: [Load::Words; 2], ..variant });
+                if let Values::Dense(_) = x {
+                    (variant.a.transposed, variant.b.transposed) = (true, true);
+                    variant.load = [if tensor { Load::Columns } else { Load::Words }; 2];
+                    variants.push(variant);
+                }
             }
         }
-        for (dtype, odd) in
-            [(DType::F16, false), (DType::F16, true), (DType::BF16, false), (DType::BF16, true)]
-        {
-            variants.push(Variant { out: Out::Dense { dtype, odd }, ..plain(mxfp4, mxfp4) });
+        for dtype in DType::ALL {
+            for n in [4, 2, 1] {
+                let out = Out::Dense { dtype, ends: Ends::of(dtype, n) };
+                variants.push(Variant { out, ..plain(mxfp4, mxfp4) });
+            }
         }
         let skinny = matches!(shape, Shape::Skinny { .. });
         let packs = !skinny

@@ -126,9 +126,13 @@ fn tensor(
     let Some(gpu) = gpu else {
         return lack("cooperative matrices", "the context is the CPU engine".into());
     };
+    let bf16 = is_bf16(desc);
     for (name, operand) in [("A", desc.a), ("B", desc.b)] {
-        if let Values::Dense(dtype @ (DType::F32 | DType::BF16)) = operand.values {
-            return lack("MX or f16 operands", format!("{name} is {dtype}"));
+        match operand.values {
+            Values::Dense(dtype @ (DType::F32 | DType::BF16)) if !bf16 => {
+                return lack("MX or f16 operands, or bf16 twice", format!("{name} is {dtype}"));
+            }
+            _ => {}
         }
     }
     let features = gpu.device.features();
@@ -157,6 +161,12 @@ fn tensor(
         && gpu.caps.backend == "Vulkan"
         && features.contains(wgpu::Features::PASSTHROUGH_SHADERS);
     let by = if spirv { Fragments::Spirv } else { Fragments::Wgsl };
+    if bf16 && !(spirv && gpu.bf16_matrices) {
+        return lack(
+            "cooperative matrices of bf16",
+            "VK_KHR_shader_bfloat16 offers none here, or the device was opened without".into(),
+        );
+    }
     if by == Fragments::Wgsl && matches!(desc.out, Output::Mx(_)) {
         return lack(
             "SPIR-V to be taken as it is, for a packed output",
@@ -164,6 +174,11 @@ fn tensor(
         );
     }
     Ok((by, side))
+}
+
+/// Whether both operands are dense bf16.
+pub(super) fn is_bf16(desc: &MatmulDesc) -> bool {
+    [desc.a, desc.b].iter().all(|operand| operand.values == Values::Dense(DType::BF16))
 }
 
 /// The tile for a problem: what was measured best, by size; see benches/results.
@@ -227,6 +242,32 @@ fn halves(gpu: &Gpu, desc: &MatmulDesc) -> bool {
             .features()
             .contains(wgpu::Features::SHADER_F16 | wgpu::Features::PASSTHROUGH_SHADERS)
         && [desc.a, desc.b].iter().all(|operand| wide(operand, desc.k))
+}
+
+/// How a kernel reads an operand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Load {
+    /// Word by word: any layout.
+    Words,
+    /// 16 bytes at a time along lines of whole 128 positions: E2M1 under scales of at least 32, or dense of 16 bits.
+    Vectors,
+    /// 16 bytes at a time across the lines, whole 128 of them, of a transposed dense operand of 16 bits.
+    Columns,
+}
+
+/// How the tensor kernel, and the skinny one in f16, read an operand of `outputs` lines.
+pub(super) fn load(operand: &Operand, k: usize, outputs: usize) -> Load {
+    if !k.is_multiple_of(128) {
+        return Load::Words;
+    }
+    match (operand.values, operand.transposed) {
+        (Values::Mx(_), _) if wide(operand, k) => Load::Vectors,
+        (Values::Dense(DType::F16 | DType::BF16), false) => Load::Vectors,
+        (Values::Dense(DType::F16 | DType::BF16), true) if outputs.is_multiple_of(8) => {
+            Load::Columns
+        }
+        _ => Load::Words,
+    }
 }
 
 /// Whether an operand's lines are whole vectors of 128 codes of E2M1 under scales of at least 32: loaded 16 bytes at a time.

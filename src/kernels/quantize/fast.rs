@@ -2,10 +2,9 @@
 //! `Job::block`, from loops without branches that the compiler turns into vector instructions; tests/formats.rs holds both
 //! to the same reference.
 
-use super::{DType, Job, Round, ScaleFormat, block, scale};
+use super::{DType, Draws, Job, Round, ScaleFormat, block, scale};
 use crate::formats::Element;
 use crate::formats::element::INFINITY;
-use crate::rng::RoundingBits;
 
 pub(super) struct Rows<'a> {
     element: Element,
@@ -13,7 +12,7 @@ pub(super) struct Rows<'a> {
     carry: u32,
     x: &'a [u32],
     blocks_per_row: usize,
-    bits: Option<RoundingBits>,
+    draws: Draws<'a>,
 }
 
 /// Below this scale f32's subnormals matter, which the loops take for normal numbers; they round to zero above.
@@ -32,7 +31,7 @@ impl<'a> Rows<'a> {
             carry: job.carry,
             x: job.x,
             blocks_per_row: job.layout.blocks(),
-            bits: job.bits,
+            draws: job.draws,
         })
     }
 
@@ -85,12 +84,21 @@ impl<'a> Rows<'a> {
             let mut buffer = [0u8; 128];
             // Sixteen at a time: a length that the compiler knows.
             for (j, (codes, x)) in buffer.chunks_exact_mut(16).zip(x.chunks_exact(16)).enumerate() {
-                let half = self.bits.map(|bits| {
-                    let (row, b) = (number / self.blocks_per_row, number % self.blocks_per_row);
-                    let group = (b * self.block + 16 * j) / 8;
-                    let (low, high) = (bits.group(row, group), bits.group(row, group + 1));
-                    std::array::from_fn::<u16, 16, _>(|k| if k < 8 { low[k] } else { high[k - 8] })
-                });
+                let half = match self.draws {
+                    Draws::Nearest => None,
+                    Draws::Elements(bits) => {
+                        let (row, b) = (number / self.blocks_per_row, number % self.blocks_per_row);
+                        let group = (b * self.block + 16 * j) / 8;
+                        let (low, high) = (bits.group(row, group), bits.group(row, group + 1));
+                        Some(std::array::from_fn::<u16, 16, _>(|k| {
+                            if k < 8 { low[k] } else { high[k - 8] }
+                        }))
+                    }
+                    Draws::Given(draws) => {
+                        let draws = &draws[number * self.block + 16 * j..][..16];
+                        Some(std::array::from_fn(|k| draws[k]))
+                    }
+                };
                 match half {
                     _ if *scale < MIN_SCALE => {
                         for k in 0..16 {

@@ -1,0 +1,100 @@
+//! Opening a Vulkan device with what wgpu does not ask for: bfloat16 cooperative matrices (VK_KHR_shader_bfloat16).
+
+use std::ffi::{CStr, c_void};
+
+use ash::vk;
+
+use super::caps::vulkan::{BFLOAT16, configurations};
+use crate::{Error, Result};
+
+const EXTENSION: &CStr = c"VK_KHR_shader_bfloat16";
+
+/// VkPhysicalDeviceShaderBfloat16FeaturesKHR, which ash 0.38 does not have yet.
+#[repr(C)]
+struct Bfloat16Features {
+    s_type: vk::StructureType,
+    p_next: *mut c_void,
+    types: vk::Bool32,
+    dot_product: vk::Bool32,
+    cooperative_matrix: vk::Bool32,
+}
+
+impl Bfloat16Features {
+    fn new() -> Bfloat16Features {
+        Bfloat16Features {
+            s_type: vk::StructureType::from_raw(1_000_141_000),
+            p_next: std::ptr::null_mut(),
+            types: vk::FALSE,
+            dot_product: vk::FALSE,
+            cooperative_matrix: vk::FALSE,
+        }
+    }
+}
+
+/// Whether the adapter multiplies cooperative matrices of 16×16×16, bf16 to f32.
+pub(crate) fn bf16_matrices(adapter: &wgpu::Adapter) -> bool {
+    // SAFETY: the adapter handle is only used within this function, while `adapter` is alive.
+    let Some(hal) = (unsafe { adapter.as_hal::<wgpu::hal::api::Vulkan>() }) else { return false };
+    let instance = hal.shared_instance().raw_instance();
+    let device = hal.raw_physical_device();
+    // SAFETY: `device` belongs to `instance`, both alive as long as `hal`.
+    let extensions =
+        unsafe { instance.enumerate_device_extension_properties(device) }.unwrap_or_default();
+    let has = |name: &CStr| {
+        extensions.iter().any(|e| e.extension_name_as_c_str().is_ok_and(|found| found == name))
+    };
+    if !has(EXTENSION) || !has(ash::khr::cooperative_matrix::NAME) {
+        return false;
+    }
+    let mut bf16 = Bfloat16Features::new();
+    let mut features =
+        vk::PhysicalDeviceFeatures2 { p_next: (&raw mut bf16).cast(), ..Default::default() };
+    // SAFETY: as above; the chained structure is the extension's, which the device has.
+    unsafe { instance.get_physical_device_features2(device, &mut features) };
+    bf16.types == vk::TRUE
+        && bf16.cooperative_matrix == vk::TRUE
+        && configurations(hal.shared_instance().entry(), instance, device).is_some_and(|list| {
+            list.iter().any(|c| {
+                let [a, b, sums @ ..] = c.types;
+                c.subgroup
+                    && c.size == [16; 3]
+                    && [a.as_raw(), b.as_raw()] == [BFLOAT16; 2]
+                    && sums == [vk::ComponentTypeKHR::FLOAT32; 2]
+            })
+        })
+}
+
+/// `adapter.request_device`, with bfloat16 besides. Only where [`bf16_matrices`].
+pub(crate) fn open(
+    adapter: &wgpu::Adapter,
+    descriptor: &wgpu::DeviceDescriptor<'_>,
+) -> Result<(wgpu::Device, wgpu::Queue)> {
+    let failed =
+        |error: String| Error::Gpu(format!("opening {}: {error}", adapter.get_info().name));
+    // SAFETY: the handle is used only to make the device, while `adapter` is alive.
+    let Some(hal) = (unsafe { adapter.as_hal::<wgpu::hal::api::Vulkan>() }) else {
+        return Err(failed("not a Vulkan adapter".into()));
+    };
+    let mut bf16 = Bfloat16Features::new();
+    bf16.types = vk::TRUE;
+    bf16.cooperative_matrix = vk::TRUE;
+    let bf16 = &raw mut bf16;
+    // SAFETY: the extension and its features are there (bf16_matrices); the structure lives until the device is made, and
+    // is put before what is in the chain already.
+    let device = unsafe {
+        hal.open_with_callback(
+            descriptor.required_features,
+            &descriptor.required_limits,
+            &descriptor.memory_hints,
+            Some(Box::new(move |args| {
+                args.extensions.push(EXTENSION);
+                (*bf16).p_next = args.create_info.p_next.cast_mut();
+                args.create_info.p_next = bf16.cast_const().cast();
+            })),
+        )
+    }
+    .map_err(|error| failed(error.to_string()))?;
+    // SAFETY: the device is this adapter's, opened with these features and limits.
+    unsafe { adapter.create_device_from_hal(device, descriptor) }
+        .map_err(|error| failed(error.to_string()))
+}

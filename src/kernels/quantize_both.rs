@@ -1,0 +1,808 @@
+//! A dense tensor to MX along its rows and down its columns at once, as the products of training need it: one pass over
+//! the input, each side with a format, rounding and Walsh–Hadamard transform of its own.
+//!
+//! Shapes: `x` `[T, C]`, F32 or BF16, C a multiple of 4. The row side is packed with blocks along C ([`Axis::One`]), the
+//! column side with blocks along T, stored transposed ([`Axis::Zero`]). Either may be absent.
+//!
+//! **Exact**: the same bytes on every engine, for every input, and without a transform those of [`Quantize`], random bits
+//! included. What a transform adds: its additions are f32's, correctly rounded, in one order (strides from the largest to
+//! 1), so they are the same everywhere once subnormals and overflow are out of the way. Hence two rules: before a
+//! transform a magnitude below 2⁻⁹⁸ counts as zero, so that every sum is a multiple of 2⁻¹²¹; and a group with NaN,
+//! infinity or a magnitude of 2¹²⁰ or more becomes NaN, and with it its blocks. A zero sum is +0.
+//!
+//! One pass takes that a tile of 2048 elements holds whole blocks and groups of both sides: with lengths of 32 on one side
+//! the other may have 64, with 16 128. Longer ones, or a device with too few bindings for all that is asked for, take a
+//! pass a side, and NVFP4 takes one more for the largest magnitude, with the same bytes.
+//!
+//! Shaders: `shaders/quantize_both.wgsl`, with `shaders/lib/side.wgsl` once a side.
+//!
+//! [`Quantize`]: super::Quantize
+
+use crate::engine::buffer::{DType, DeviceMxTensor, Ids, Tensor};
+use crate::engine::shader::{Binding, Kernel, Source, shader};
+use crate::engine::{Context, Stream};
+use crate::formats::element::INFINITY;
+use crate::formats::{
+    Axis, Block, Element, Layout, MxSpec, Rounding, ScaleFormat, ScaleRule, block, scale,
+};
+use crate::rng::{self, ROUNDS, RoundingBits, threefry4x32};
+use crate::{Error, Result};
+
+use super::quantize::pack_lines;
+use super::{NVIDIA, QuantizeDesc, UNIT, all_specs, anchors, codec, format_constants, format_name};
+use super::{type_constants, type_number};
+
+/// The signs that a transform's input is multiplied with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Signs {
+    /// All positive: a plain Walsh–Hadamard transform.
+    #[default]
+    None,
+    /// A random sign a position, the same in every group. Both operands of a product take the same seed.
+    Random {
+        /// Of the crate's generator; does not collide with draws of stochastic rounding.
+        seed: u64,
+    },
+}
+
+/// A Walsh–Hadamard transform of groups of `size` neighbours along the blocked axis: x' = (x ∘ s) H · 2⁻ᵖ, with the signs
+/// s on the input's side, H Sylvester's matrix of ±1, and 2ᵖ the power of two at or above √size, so that the scaling is
+/// exact. Outliers of a group spread over all of it, and a product of two operands that were transformed alike along the
+/// contracted axis is the product of the originals divided by [`Hadamard::gain`].
+///
+/// Signs on the output's side would only flip signs of outputs, and spread nothing: see Quartet II, arXiv 2601.22813.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hadamard {
+    /// 16, 32, 64 or 128.
+    pub size: u32,
+    /// The signs.
+    pub signs: Signs,
+}
+
+impl Hadamard {
+    /// What a product of two transformed operands must be multiplied with: 4ᵖ / size, which is 1 for 16 and 64, and 2 for
+    /// 32 and 128.
+    pub fn gain(self) -> f32 {
+        1.0 / (self.factor() * self.factor() * self.size as f32)
+    }
+
+    /// 2⁻ᵖ.
+    fn factor(self) -> f32 {
+        1.0 / (1u32 << self.size.ilog2().div_ceil(2)) as f32
+    }
+
+    /// A bit a position. The rounding bits' counters have zeros where this one has a one.
+    fn signs(self) -> [u32; 4] {
+        match self.signs {
+            Signs::None => [0; 4],
+            Signs::Random { seed } => {
+                threefry4x32::<ROUNDS>([0, 0, 1, 0], [seed as u32, (seed >> 32) as u32, 0, 0])
+            }
+        }
+    }
+}
+
+/// One side of [`QuantizeBoth`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Side {
+    /// The format, with vector blocks. ([`super::Quantize`] packs square ones.)
+    pub spec: MxSpec,
+    /// How the scale follows from a block's amax; `None` as in [`QuantizeDesc`].
+    pub scale_rule: Option<ScaleRule>,
+    /// How elements are rounded. Random bits belong to the element (row, col) of `x`: two sides that must be independent
+    /// take different streams.
+    pub rounding: Rounding,
+    /// The transform before the quantizer. Its size divides the blocked axis' length.
+    pub hadamard: Option<Hadamard>,
+}
+
+impl Default for Side {
+    fn default() -> Self {
+        let QuantizeDesc { spec, scale_rule, rounding, .. } = QuantizeDesc::default();
+        Side { spec, scale_rule, rounding, hadamard: None }
+    }
+}
+
+impl Side {
+    fn desc(&self, axis: Axis) -> QuantizeDesc {
+        let Side { spec, scale_rule, rounding, .. } = *self;
+        QuantizeDesc { spec, axis, scale_rule, rounding, tensor_scale: None }
+    }
+
+    fn validate(&self, axis: Axis) -> Result<()> {
+        self.desc(axis).validate()?;
+        if !matches!(self.spec.block, Block::Vector(_)) {
+            return Err(Error::InvalidSpec(format!(
+                "{} as a side of QuantizeBoth: it takes vector blocks; Quantize packs squares",
+                self.spec
+            )));
+        }
+        match self.hadamard {
+            Some(Hadamard { size, .. }) if ![16, 32, 64, 128].contains(&size) => {
+                Err(Error::InvalidSpec(format!(
+                    "a Hadamard transform of size {size}: 16, 32, 64 or 128"
+                )))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn size(&self) -> u32 {
+        self.hadamard.map_or(0, |hadamard| hadamard.size)
+    }
+}
+
+/// What is done to `x` before its sides part.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Guards<'a> {
+    /// `[1, 1]` F32: finite magnitudes are limited to it. [`super::Quantile`] makes one.
+    pub clip: Option<&'a Tensor>,
+    /// ⌈C / 32⌉ words, bit c mod 32 of word ⌊c / 32⌋ for column c: columns that count as zero, whatever they hold.
+    /// [`super::Split`] makes one.
+    pub skip: Option<&'a Ids>,
+}
+
+/// The kernel that packs a dense tensor along its rows, its columns, or both.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QuantizeBoth {
+    rows: Option<Side>,
+    columns: Option<Side>,
+}
+
+const AXES: [Axis; 2] = [Axis::One, Axis::Zero];
+const OPERATION: &str = "QuantizeBoth::record";
+
+fn mismatch<T>(problem: String) -> Result<T> {
+    Err(Error::Mismatch { operation: OPERATION, problem })
+}
+
+/// Words of the counters: of the row side, then of the column side, in this order.
+///
+/// | word | counts |
+/// |--:|---|
+/// | 0 | elements clipped: larger than the largest element under their block's scale |
+/// | 1 | elements underflowed: not zero, and their code is |
+/// | 2 | blocks with NaN or infinity; their elements are in neither of the counts before |
+/// | 3 | elements |
+///
+/// Elements are those that are encoded: after clip, skip and transform. Counts are added to what is there, modulo 2³².
+pub const COUNTERS: usize = 8;
+
+impl QuantizeBoth {
+    /// Checks the sides; at least one is needed. Cheap: rounding and signs may change every step.
+    pub fn new(_ctx: &Context, rows: Option<Side>, columns: Option<Side>) -> Result<QuantizeBoth> {
+        for (axis, side) in AXES.into_iter().zip([rows, columns]) {
+            side.map_or(Ok(()), |side| side.validate(axis))?;
+        }
+        if rows.is_none() && columns.is_none() {
+            return mismatch("neither rows nor columns".into());
+        }
+        Ok(QuantizeBoth { rows, columns })
+    }
+
+    /// Records the quantization of `x` `[T, C]` into the outputs of the sides that there are, which have the same logical
+    /// shape and their side's format and axis. `counters` has [`COUNTERS`] words.
+    pub fn record(
+        &self,
+        stream: &mut Stream<'_>,
+        x: &Tensor,
+        rows: Option<&mut DeviceMxTensor>,
+        columns: Option<&mut DeviceMxTensor>,
+        guards: &Guards<'_>,
+        mut counters: Option<&mut Ids>,
+    ) -> Result<()> {
+        let mut jobs = Vec::new();
+        for (number, (side, out)) in
+            [(self.rows, rows), (self.columns, columns)].into_iter().enumerate()
+        {
+            match (side, out) {
+                (Some(side), Some(out)) => jobs.push(Job { number, side, out }),
+                (None, None) => {}
+                (side, _) => {
+                    let what = ["row", "column"][number];
+                    return mismatch(match side {
+                        Some(_) => format!("no output for the {what} side"),
+                        None => format!("an output for a {what} side that the kernel has not"),
+                    });
+                }
+            }
+        }
+        self.check(stream, x, &jobs, guards, counters.as_deref())?;
+        if stream.gpu().is_some() {
+            return record_gpu(stream, x, &jobs, guards, counters.as_deref());
+        }
+        if x.rows * x.cols > 0 {
+            let values = x.widened();
+            for mut job in jobs {
+                let counts = job.twin(x, &values, guards, counters.is_some());
+                if let Some(counters) = &mut counters {
+                    let words = &mut counters.data.cpu_mut()[4 * job.number..][..4];
+                    for (word, count) in words.iter_mut().zip(counts) {
+                        *word = word.wrapping_add(count);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check(
+        &self,
+        stream: &Stream<'_>,
+        x: &Tensor,
+        jobs: &[Job<'_>],
+        guards: &Guards<'_>,
+        counters: Option<&Ids>,
+    ) -> Result<()> {
+        x.expect(OPERATION, "x", x.shape(), &[DType::F32, DType::BF16])?;
+        if !x.cols.is_multiple_of(4) {
+            return mismatch(format!("x is {:?}: columns come in fours", x.shape()));
+        }
+        for Job { number, side, out } in jobs {
+            let layout = out.layout;
+            if (layout.spec, layout.axis) != (side.spec, AXES[*number]) {
+                return mismatch(format!(
+                    "the side makes {} along axis {}, the output is {} along axis {}",
+                    side.spec, AXES[*number], layout.spec, layout.axis
+                ));
+            }
+            if x.shape() != [layout.rows, layout.cols] {
+                return mismatch(format!(
+                    "x is {:?}, the output [{}, {}]",
+                    x.shape(),
+                    layout.rows,
+                    layout.cols
+                ));
+            }
+            if side.size() > 0 && !layout.line_len().is_multiple_of(side.size() as usize) {
+                return mismatch(format!(
+                    "x is {:?}: a Hadamard transform of size {} along axis {} does not divide it",
+                    x.shape(),
+                    side.size(),
+                    layout.axis
+                ));
+            }
+            stream.context().check_same(&x.data, &out.codes)?;
+        }
+        if let Some(clip) = guards.clip {
+            clip.expect(OPERATION, "clip", [1, 1], &[DType::F32])?;
+            stream.context().check_same(&x.data, &clip.data)?;
+        }
+        let words = |what, ids: &Ids, want: usize| {
+            stream.context().check_same(&x.data, &ids.data)?;
+            match ids.len() {
+                len if len == want => Ok(()),
+                len => mismatch(format!("{what} has {len} words, x {:?} needs {want}", x.shape())),
+            }
+        };
+        guards.skip.map_or(Ok(()), |skip| words("skip", skip, x.cols.div_ceil(32)))?;
+        counters.map_or(Ok(()), |counters| words("counters", counters, COUNTERS))
+    }
+}
+
+/// A side with its output; number 0 is the rows', 1 the columns'.
+struct Job<'a> {
+    number: usize,
+    side: Side,
+    out: &'a mut DeviceMxTensor,
+}
+
+fn record_gpu(
+    stream: &mut Stream<'_>,
+    x: &Tensor,
+    jobs: &[Job<'_>],
+    guards: &Guards<'_>,
+    counters: Option<&Ids>,
+) -> Result<()> {
+    for job in jobs {
+        for rows in [&job.out.state, &job.out.scales] {
+            // The scales' bytes are put together by atomics.
+            rows.chunks().for_each(|chunk| stream.clear(chunk.buffer));
+        }
+    }
+    if x.rows * x.cols == 0 {
+        return Ok(());
+    }
+    for job in jobs.iter().filter(|job| job.out.tensor_scaled()) {
+        dispatch(stream, x, &[job], guards, None, true)?;
+    }
+    let Some(gpu) = stream.gpu() else { return Ok(()) };
+    let bindings = 1
+        + 3 * jobs.len()
+        + usize::from(guards.clip.is_some())
+        + usize::from(guards.skip.is_some())
+        + usize::from(counters.is_some());
+    let sides: Vec<_> = jobs.iter().map(|job| (job.number, job.side)).collect();
+    let limit = gpu.device.limits().max_storage_buffers_per_shader_stage as usize;
+    let step = if tile(&sides).is_some() && bindings <= limit { jobs.len() } else { 1 };
+    for jobs in jobs.chunks(step) {
+        dispatch(stream, x, &jobs.iter().collect::<Vec<_>>(), guards, counters, false)?;
+    }
+    jobs.iter().try_for_each(|job| anchors::record(stream, job.out))
+}
+
+fn dispatch(
+    stream: &mut Stream<'_>,
+    x: &Tensor,
+    jobs: &[&Job<'_>],
+    guards: &Guards<'_>,
+    counters: Option<&Ids>,
+    amax_only: bool,
+) -> Result<()> {
+    let Some(gpu) = stream.gpu() else { return Ok(()) };
+    let mut variant = Variant {
+        dtype: x.dtype,
+        sides: [None; 2],
+        mad: false,
+        subgroup: false,
+        clip: guards.clip.is_some(),
+        skip: guards.skip.is_some(),
+        count: counters.is_some(),
+        amax_only,
+    };
+    let mut params = vec![x.rows as u32, x.cols as u32, x.cols.div_ceil(8) as u32, 1];
+    params.resize(PARAMS, 0);
+    let mut buffers = vec![x.binding()?];
+    let mut lanes = 1;
+    for Job { number, side, out } in jobs {
+        let stochastic = side.rounding != Rounding::NearestEven && !amax_only;
+        let hadamard = side.size();
+        variant.sides[*number] = Some(SideVariant { spec: side.spec, hadamard, stochastic });
+        variant.mad |= stochastic && gpu.caps.vendor == NVIDIA;
+        lanes = lanes.max(side.spec.block.len() as u32 / UNIT);
+        let layout = out.layout;
+        let words = &mut params[4 + SIDE_WORDS * number..][..SIDE_WORDS];
+        words[..4].copy_from_slice(&side.hadamard.map_or([0; 4], Hadamard::signs));
+        words[4..8].copy_from_slice(&rng::key(side.rounding));
+        words[8] = (layout.blocks() * layout.spec.block.len()) as u32 / UNIT;
+        words[9] = layout.blocks() as u32;
+        words[10] = side.desc(layout.axis).carry();
+        buffers.extend(out.bindings()?);
+    }
+    variant.subgroup = lanes > 1 && !amax_only && gpu.has_subgroups(lanes);
+    if let Some(clip) = guards.clip {
+        buffers.push(clip.binding()?);
+    }
+    if let Some(skip) = guards.skip {
+        buffers.push(skip.binding()?);
+    }
+    if let Some(counters) = counters {
+        buffers.push(counters.binding()?);
+    }
+    let [tile_rows, tile_cols] = variant.tile();
+    let tiles = x.rows.div_ceil(tile_rows as usize) * x.cols.div_ceil(tile_cols as usize);
+    stream.dispatch(&variant.name(), || variant.kernel(), &params, &buffers, tiles as u64)
+}
+
+// ---- The twin ------------------------------------------------------------------------------------------------------
+
+/// The shader's SMALLEST and TOO_LARGE: 2⁻⁹⁸ and 2¹²⁰.
+const SMALLEST: f32 = f32::from_bits(0x0e80_0000);
+const TOO_LARGE: f32 = f32::from_bits(0x7b80_0000);
+
+/// Elements of `x` as its sides see them.
+struct Guarded<'a> {
+    x: &'a [f32],
+    cols: usize,
+    clip: u32,
+    skip: &'a [u32],
+}
+
+impl Guarded<'_> {
+    fn copy(&self, row: usize, col: usize, out: &mut [f32]) {
+        out.copy_from_slice(&self.x[row * self.cols + col..][..out.len()]);
+        if self.clip < INFINITY {
+            for v in &mut *out {
+                let magnitude = v.to_bits() & 0x7fff_ffff;
+                if magnitude > self.clip && magnitude < INFINITY {
+                    *v = f32::from_bits(v.to_bits() & 0x8000_0000 | self.clip);
+                }
+            }
+        }
+        if !self.skip.is_empty() {
+            for (col, v) in (col..).zip(out) {
+                if self.skip[col / 32] >> (col % 32) & 1 == 1 {
+                    *v = 0.0;
+                }
+            }
+        }
+    }
+}
+
+/// Columns that are transposed together: two groups of random bits, and a cache line of x.
+const ABREAST: usize = 16;
+
+impl Job<'_> {
+    /// Lays the lines out one behind the other, padded to whole blocks, transforms them, and packs them as [`Quantize`]'s
+    /// twin packs rows. Returns the side's counts, if asked to.
+    ///
+    /// [`Quantize`]: super::Quantize
+    fn twin(&mut self, x: &Tensor, values: &[f32], guards: &Guards<'_>, count: bool) -> [u32; 4] {
+        let layout = self.out.layout;
+        let guarded = Guarded {
+            x: values,
+            cols: x.cols,
+            clip: guards.clip.map_or(INFINITY, |clip| clip.data.cpu()[0] & 0x7fff_ffff),
+            skip: guards.skip.map_or(&[], |skip| skip.data.cpu()),
+        };
+        let padded = layout.blocks() * layout.spec.block.len();
+        let mut lines = vec![0f32; layout.lines() * padded];
+        let mut draws = Vec::new();
+        if layout.axis == Axis::One {
+            parallel(&mut lines, padded, |row, line| guarded.copy(row, 0, &mut line[..x.cols]));
+        } else {
+            parallel(&mut lines, ABREAST * padded, |chunk, lines| {
+                let mut row = [0f32; ABREAST];
+                let row = &mut row[..lines.len() / padded];
+                for t in 0..x.rows {
+                    guarded.copy(t, chunk * ABREAST, row);
+                    for (j, v) in row.iter().enumerate() {
+                        lines[j * padded + t] = *v;
+                    }
+                }
+            });
+            if let Some(bits) = RoundingBits::new(self.side.rounding, x.cols) {
+                draws = vec![0u16; lines.len()];
+                parallel(&mut draws, ABREAST * padded, |chunk, lines| {
+                    let here = lines.len() / padded;
+                    for t in 0..x.rows {
+                        for first in (0..here).step_by(8) {
+                            let halves = bits.group(t, (chunk * ABREAST + first) / 8);
+                            for j in first..here.min(first + 8) {
+                                lines[j * padded + t] = halves[j - first];
+                            }
+                        }
+                    }
+                });
+            }
+        }
+        if let Some(hadamard) = self.side.hadamard {
+            let (signs, factor) = (hadamard.signs(), hadamard.factor());
+            parallel(&mut lines, padded, |_, line| {
+                for group in line[..layout.line_len()].chunks_exact_mut(hadamard.size as usize) {
+                    match hadamard.size {
+                        16 => transform::<16>(group, signs, factor),
+                        32 => transform::<32>(group, signs, factor),
+                        64 => transform::<64>(group, signs, factor),
+                        _ => transform::<128>(group, signs, factor),
+                    }
+                }
+            });
+        }
+        let desc = self.side.desc(layout.axis);
+        pack_lines(&desc, &lines, (!draws.is_empty()).then_some(&draws), self.out);
+        if count { self.count(&lines, padded) } else { [0; 4] }
+    }
+
+    /// The counts, from the values that were encoded and what they became. In f64, where all of it is exact.
+    fn count(&self, lines: &[f32], padded: usize) -> [u32; 4] {
+        let Layout { spec, .. } = self.out.layout;
+        let n = spec.block.len();
+        let bits = spec.element.bits();
+        let codes = bytemuck::cast_slice::<u32, u8>(self.out.codes.cpu());
+        let scales = bytemuck::cast_slice::<u32, u8>(self.out.scales.cpu());
+        let tensor_scale = f64::from(f32::from_bits(self.out.state.cpu()[2]));
+        let mask = if spec.element == Element::Int8 { 0xff } else { (1 << (bits - 1)) - 1 };
+        let mut counts = [0; 4];
+        for (number, values) in lines.chunks_exact(n).enumerate() {
+            let block = &codes[number * self.out.layout.block_bytes()..];
+            let scale = scales[number];
+            let unit = match spec.scale {
+                ScaleFormat::E8M0 if scale == scale::E8M0_NAN => None,
+                ScaleFormat::E8M0 => Some(2f64.powi(i32::from(scale) - 127)),
+                ScaleFormat::E4M3 if scale == scale::E4M3_NAN => None,
+                ScaleFormat::E4M3 => Some(f64::from(Element::E4M3.decode(scale)) * tensor_scale),
+            };
+            let at = number * n % padded;
+            counts[3] += (self.out.layout.line_len() - at).min(n) as u32;
+            let Some(unit) = unit else {
+                counts[2] += 1;
+                continue;
+            };
+            let largest = f64::from(spec.element.max()) * unit;
+            for (i, v) in values.iter().enumerate() {
+                counts[0] += u32::from(f64::from(v.abs()) > largest);
+                counts[1] += u32::from(*v != 0.0 && block::unpack(bits, block, i) & mask == 0);
+            }
+        }
+        counts
+    }
+}
+
+/// Runs `f` on pieces of `data` and their numbers, on all cores.
+fn parallel<T: Send>(data: &mut [T], piece: usize, f: impl Fn(usize, &mut [T]) + Sync + Send) {
+    #[cfg(not(target_arch = "wasm32"))]
+    {
+        use rayon::prelude::*;
+        data.par_chunks_mut(piece).enumerate().for_each(|(i, piece)| f(i, piece));
+    }
+    #[cfg(target_arch = "wasm32")]
+    data.chunks_mut(piece).enumerate().for_each(|(i, piece)| f(i, piece));
+}
+
+/// The transform of one group: strides from the largest to 1, as in the shader.
+fn transform<const N: usize>(group: &mut [f32], signs: [u32; 4], factor: f32) {
+    let Ok(group) = <&mut [f32; N]>::try_from(group) else { return };
+    // Not (≥ …), so that NaN counts.
+    if !group.iter().all(|v| v.abs() < TOO_LARGE) {
+        return group.fill(f32::NAN);
+    }
+    for (i, v) in group.iter_mut().enumerate() {
+        let sign = (signs[i / 32] >> (i % 32)) << 31;
+        *v = if v.abs() < SMALLEST { 0.0 } else { f32::from_bits(v.to_bits() ^ sign) };
+    }
+    let mut stride = N / 2;
+    while stride > 0 {
+        for pair in group.chunks_exact_mut(2 * stride) {
+            let (low, high) = pair.split_at_mut(stride);
+            for (a, b) in low.iter_mut().zip(high) {
+                (*a, *b) = (*a + *b, *a - *b);
+            }
+        }
+        stride /= 2;
+    }
+    for v in group {
+        // Plus zero: −0 becomes +0.
+        *v = *v * factor + 0.0;
+    }
+}
+
+// ---- The shaders ---------------------------------------------------------------------------------------------------
+
+/// Invocations, one a unit of each side; and elements of a tile.
+const WG: u32 = 128;
+const TILE: u32 = WG * UNIT;
+/// Words of a side's parameters, and of all.
+const SIDE_WORDS: usize = 12;
+const PARAMS: usize = 4 + 2 * SIDE_WORDS;
+
+/// Rows and columns of a tile that holds whole blocks and groups of the sides, if there is one.
+fn tile(sides: &[(usize, Side)]) -> Option<[u32; 2]> {
+    let length = |number| {
+        let of = |(_, side): &(usize, Side)| side.size().max(side.spec.block.len() as u32);
+        sides.iter().filter(|(n, _)| *n == number).map(of).max().unwrap_or(16)
+    };
+    tile_of(length(0), length(1))
+}
+
+/// The same for these lengths along the rows and down the columns. A row of 32 f32 is a line of most caches.
+fn tile_of(along: u32, down: u32) -> Option<[u32; 2]> {
+    let cols = along.max(32).min(TILE / down);
+    (cols >= along).then_some([TILE / cols, cols])
+}
+
+#[derive(Clone, Copy, Debug)]
+struct SideVariant {
+    spec: MxSpec,
+    /// The transform's size, or 0.
+    hadamard: u32,
+    stochastic: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Variant {
+    dtype: DType,
+    sides: [Option<SideVariant>; 2],
+    mad: bool,
+    subgroup: bool,
+    clip: bool,
+    skip: bool,
+    count: bool,
+    /// Finds the tensor's largest magnitude, for NVFP4, and encodes nothing.
+    amax_only: bool,
+}
+
+impl Variant {
+    fn tile(&self) -> [u32; 2] {
+        let length = |side: Option<SideVariant>| {
+            side.map_or(16, |side| side.hadamard.max(side.spec.block.len() as u32))
+        };
+        // One side alone always has one.
+        tile_of(length(self.sides[0]), length(self.sides[1])).unwrap_or([16, 128])
+    }
+
+    fn name(&self) -> String {
+        let mut name = format!("quantize-both.{}", self.dtype);
+        for (side, what) in self.sides.iter().zip(["rows", "columns"]) {
+            if let Some(side) = side {
+                name += &format!(".{what}-{}", format_name(side.spec));
+                if side.hadamard > 0 {
+                    name += &format!("-h{}", side.hadamard);
+                }
+                name += if side.stochastic { "-stochastic" } else { "-nearest" };
+            }
+        }
+        for (flag, what) in [
+            (self.mad, ".mad"),
+            (self.subgroup, ".subgroup"),
+            (self.clip, ".clip"),
+            (self.skip, ".skip"),
+            (self.count, ".count"),
+            (self.amax_only, ".amax"),
+        ] {
+            if flag {
+                name += what;
+            }
+        }
+        name
+    }
+
+    /// A side's namespace; `binding` is the number of its codes.
+    fn side(&self, number: usize, side: SideVariant, binding: usize) -> Source {
+        let SideVariant { spec, hadamard, stochastic } = side;
+        let element = spec.element;
+        let [_, tile_cols] = self.tile();
+        let tile_rows = TILE / tile_cols;
+        let draws_tile = stochastic && number == 1;
+        let magnitude_mask =
+            if element == Element::Int8 { 0xff } else { (1 << (element.bits() - 1)) - 1 };
+        let factor = Hadamard { size: hadamard.max(16), signs: Signs::None }.factor();
+        let access = |at: usize, kind: &str, declaration: &str| {
+            format!("@group(0) @binding({}) var<storage, {kind}> {declaration};", binding + at)
+        };
+        let source = type_constants(format_constants(spec), "X_TYPE", self.dtype)
+            .constant("SIDE", number as u32)
+            .constant("MAX_FRACTION", element.max_fraction())
+            .constant("MAGNITUDE_MASK", magnitude_mask)
+            .constant("PARTS", hadamard.max(16) / UNIT)
+            .constant("DRAWS", if draws_tile { tile_rows * (tile_cols / 2 + 1) } else { 1 })
+            .flag("COLUMNS", number == 1)
+            .flag("HADAMARD", hadamard > 0)
+            .flag("DRAWS_TILE", draws_tile)
+            .flag("AMAX_ONLY", self.amax_only)
+            .line(&format!("const FACTOR = {factor:?};"))
+            .line(&access(0, "read_write", "codes: array<CodesWord>"))
+            .line(&access(1, "read_write", "scales: array<atomic<u32>>"))
+            .line(&access(2, "read_write", "state: array<atomic<u32>>"));
+        codec(source, spec)
+            .fragment(if stochastic {
+                shader!("lib/round_stochastic.wgsl")
+            } else {
+                shader!("lib/round_nearest.wgsl")
+            })
+            .fragment(if self.mad { shader!("lib/add_mad.wgsl") } else { shader!("lib/add.wgsl") })
+            .fragment(shader!("lib/threefry.wgsl"))
+            .fragment(shader!("lib/unit.wgsl"))
+            .fragment(match element.bits() {
+                4 => shader!("lib/pack4.wgsl"),
+                6 => shader!("lib/pack6.wgsl"),
+                _ => shader!("lib/pack8.wgsl"),
+            })
+            .fragment(match (element, spec.scale) {
+                (Element::E2M1, ScaleFormat::E8M0) => shader!("lib/encode_e2m1.wgsl"),
+                _ => shader!("lib/encode.wgsl"),
+            })
+            .fragment(match spec.scale {
+                ScaleFormat::E8M0 => shader!("lib/clips_e8m0.wgsl"),
+                ScaleFormat::E4M3 => shader!("lib/clips_e4m3.wgsl"),
+            })
+            .fragment(if self.subgroup {
+                shader!("lib/amax_subgroup.wgsl")
+            } else {
+                shader!("lib/amax_workgroup.wgsl")
+            })
+            .fragment(shader!("lib/put_scale.wgsl"))
+            .fragment(shader!("lib/side.wgsl"))
+    }
+
+    fn kernel(&self) -> Kernel {
+        let [tile_rows, tile_cols] = self.tile();
+        let mut bindings = vec![Binding::Params, Binding::Read];
+        let mut source = Source::new()
+            .constant("WG", WG)
+            .constant("TILE", TILE)
+            .constant("TILE_ROWS", tile_rows)
+            .constant("TILE_COLS", tile_cols)
+            .flag("CLIP", self.clip)
+            .flag("SKIP", self.skip)
+            .fragment(match type_number(self.dtype) {
+                0 => shader!("lib/bits_f32.wgsl"),
+                _ => shader!("lib/bits_bf16.wgsl"),
+            })
+            .fragment(if self.subgroup {
+                shader!("lib/lanes_subgroup.wgsl")
+            } else {
+                shader!("lib/lanes_workgroup.wgsl")
+            });
+        for (number, (side, prefix)) in self.sides.iter().zip(["r_", "c_"]).enumerate() {
+            source = match side {
+                Some(side) => {
+                    let source = source.module(prefix, self.side(number, *side, bindings.len()));
+                    bindings.extend([Binding::Write; 3]);
+                    source
+                }
+                None => {
+                    source.module(prefix, Source::new().fragment(shader!("lib/side_none.wgsl")))
+                }
+            };
+        }
+        let mut bind = |there: bool, kind: Binding, declaration: &str, none: &str| {
+            if !there {
+                return none.to_string();
+            }
+            bindings.push(kind);
+            let access = if kind == Binding::Read { "read" } else { "read_write" };
+            format!(
+                "@group(0) @binding({}) var<storage, {access}> {declaration}",
+                bindings.len() - 1
+            )
+        };
+        let clip = bind(
+            self.clip,
+            Binding::Read,
+            "clip: array<u32>;\nfn clip_limit() -> u32 { return clip[0] & 0x7fffffffu; }",
+            "fn clip_limit() -> u32 { return 0u; }",
+        );
+        let skip = bind(
+            self.skip,
+            Binding::Read,
+            "skip: array<u32>;\nfn skip_word(i: u32) -> u32 { return skip[i]; }",
+            "fn skip_word(i: u32) -> u32 { return 0u; }",
+        );
+        let counters = bind(self.count, Binding::Write, "counters: array<atomic<u32>>;", "");
+        let source = source
+            .line(&clip)
+            .line(&skip)
+            .line(&counters)
+            .fragment(if self.count {
+                shader!("lib/counters.wgsl")
+            } else {
+                shader!("lib/counters_none.wgsl")
+            })
+            .fragment(shader!("quantize_both.wgsl"));
+        Kernel {
+            name: self.name(),
+            wgsl: source.build(),
+            bindings,
+            workgroup_size: WG,
+            features: if self.subgroup {
+                wgpu::Features::SUBGROUP
+            } else {
+                wgpu::Features::empty()
+            },
+            spirv: false,
+        }
+    }
+}
+
+/// Variants of this file's kernel: every side alone with every transform, and pairs of the named formats, with the other
+/// choices, which do not depend on one another, taking turns. All combinations would be a hundred thousand.
+pub fn kernels() -> Vec<Kernel> {
+    let mut variants = Vec::new();
+    let mut add = |sides: [Option<SideVariant>; 2], amax_only: bool| {
+        let turn = variants.len();
+        let on = |every: usize| turn % every == 1;
+        let stochastic = sides.iter().flatten().any(|side| side.stochastic);
+        let blocks = sides.iter().flatten().any(|side| side.spec.block.len() > UNIT as usize);
+        variants.push(Variant {
+            dtype: [DType::F32, DType::BF16][turn / 3 % 2],
+            sides,
+            mad: stochastic && on(5),
+            subgroup: on(2) && blocks && !amax_only,
+            clip: on(7),
+            skip: on(11),
+            count: on(3) && !amax_only,
+            amax_only,
+        });
+    };
+    let side = |spec, hadamard, stochastic| Some(SideVariant { spec, hadamard, stochastic });
+    for spec in all_specs().into_iter().filter(|spec| spec.block.lines() == 1) {
+        for hadamard in [0, 16, 32, 64, 128] {
+            for stochastic in [false, true] {
+                add([side(spec, hadamard, stochastic), None], false);
+                add([None, side(spec, hadamard, stochastic)], false);
+            }
+            if spec.scale == ScaleFormat::E4M3 {
+                add([side(spec, hadamard, false), None], true);
+                add([None, side(spec, hadamard, false)], true);
+            }
+        }
+    }
+    for (_, a) in crate::formats::NAMED {
+        for (_, b) in crate::formats::NAMED {
+            add([side(a, 0, false), side(b, 32, true)], false);
+            add([side(a, 16, true), side(b, 16, false)], false);
+        }
+    }
+    variants.iter().map(Variant::kernel).collect()
+}

@@ -1,0 +1,553 @@
+//! A linear layer `Y[T, N] = X[T, K] · W[N, K]ᵀ` in the formats of its recipe.
+//!
+//! X is quantized once on the way forward, along its rows for the product and down its columns for wgrad, so that a packed
+//! X is all that is kept; dY likewise on the way back. Weights are packed once a step by [`MxLinear::prepare`].
+//!
+//! **Exact** where the products' tier is: codes and scales always. Rounding draws belong to (seed, step, layer, operand).
+
+use crate::engine::buffer::{DType, DeviceMxTensor, Ids, Tensor};
+use crate::engine::{Context, Stream};
+use crate::formats::{Axis, Rounding};
+use crate::kernels::matmul::{Input, Values};
+use crate::kernels::quantize_both::{Guards, Hadamard, QuantizeBoth, Side, Signs};
+use crate::kernels::{Matmul, MatmulDesc, Operand, Quantile, Quantize, QuantizeDesc, Split, add};
+use crate::{Error, Result};
+
+use super::recipe::{self, Cast, Form, Linear, Round};
+
+/// The sizes of a linear layer.
+#[derive(Clone, Copy, Debug)]
+pub struct LinearDesc {
+    /// Tokens.
+    pub rows: usize,
+    /// Outputs.
+    pub n: usize,
+    /// Inputs.
+    pub k: usize,
+    /// The type of X.
+    pub x: DType,
+    /// The type of Y.
+    pub y: DType,
+    /// The type of dY.
+    pub dy: DType,
+    /// The type of dX.
+    pub dx: DType,
+}
+
+/// What random bits of a step depend on.
+#[derive(Clone, Copy, Debug)]
+pub struct Draws {
+    /// The run's seed.
+    pub seed: u64,
+    /// The step, from 1 on.
+    pub step: u32,
+}
+
+impl Draws {
+    /// Domains that do not meet: the optimizer's streams have the step in their upper half and this bit clear.
+    const DOMAIN: u64 = 1 << 63;
+
+    fn rounding(self, cast: &Cast, layer: u32, operand: u32) -> Rounding {
+        match cast.rounding {
+            Round::Nearest => Rounding::NearestEven,
+            Round::Stochastic => Rounding::Stochastic {
+                seed: self.seed,
+                stream: Self::DOMAIN
+                    | u64::from(self.step) << 32
+                    | u64::from(layer) << 8
+                    | u64::from(operand),
+            },
+        }
+    }
+
+    /// Both operands of a product get the same signs.
+    fn hadamard(self, cast: &Cast, layer: u32, product: u32) -> Option<Hadamard> {
+        let place = u64::from(layer) << 8 | u64::from(product);
+        cast.hadamard.map(|size| Hadamard {
+            size,
+            signs: match cast.signs.unwrap_or(recipe::Signs::None) {
+                recipe::Signs::None => Signs::None,
+                recipe::Signs::Fixed => Signs::Random { seed: self.seed ^ place },
+                recipe::Signs::Step => {
+                    Signs::Random { seed: self.seed ^ place ^ u64::from(self.step) << 32 }
+                }
+            },
+        })
+    }
+}
+
+/// Where the six casts stand in a layer's random streams.
+const X_ROWS: u32 = 0;
+const X_COLUMNS: u32 = 1;
+const DY_ROWS: u32 = 2;
+const DY_COLUMNS: u32 = 3;
+/// And the three products in its signs.
+const FORWARD: u32 = 0;
+const DGRAD: u32 = 1;
+const WGRAD: u32 = 2;
+
+/// An operand that is made anew every step.
+#[derive(Debug)]
+enum Made {
+    /// The tensor is taken as it is.
+    AsIs(DType),
+    /// Converted to another dense type.
+    Cast(Tensor),
+    /// Packed.
+    Packed(DeviceMxTensor),
+    /// The conversion that the other product takes.
+    Shared(DType),
+}
+
+impl Made {
+    /// For a tensor `[rows, cols]` of `from`, contracted along `axis`.
+    fn new(ctx: &Context, cast: &Cast, from: DType, shape: [usize; 2], axis: Axis) -> Result<Made> {
+        let [rows, cols] = shape;
+        Ok(match cast.form()? {
+            // What is bf16 already has lost what f32 could keep.
+            Form::Dense(to) if to == from || from == DType::BF16 => Made::AsIs(from),
+            Form::Dense(to) => Made::Cast(ctx.zeros(to, rows, cols)?),
+            Form::Mx(spec) => Made::Packed(ctx.zeros_mx(spec, axis, rows, cols)?),
+        })
+    }
+
+    /// The same for wgrad, where `rows` is the operand of the other product.
+    fn beside(
+        ctx: &Context,
+        rows: &Made,
+        cast: &Cast,
+        from: DType,
+        shape: [usize; 2],
+    ) -> Result<Made> {
+        match (rows, cast.form()?) {
+            (Made::Cast(tensor), Form::Dense(to)) if to == tensor.dtype() => Ok(Made::Shared(to)),
+            _ => Made::new(ctx, cast, from, shape, Axis::Zero),
+        }
+    }
+
+    fn values(&self) -> Values {
+        match self {
+            Made::Shared(dtype) | Made::AsIs(dtype) => Values::Dense(*dtype),
+            Made::Cast(tensor) => Values::Dense(tensor.dtype()),
+            Made::Packed(tensor) => Values::Mx(tensor.layout().spec),
+        }
+    }
+
+    /// `across`: contracted over the dense tensor's rows.
+    fn operand(&self, across: bool) -> Operand {
+        let dense = !matches!(self, Made::Packed(_));
+        Operand { values: self.values(), transposed: dense && across }
+    }
+
+    fn input<'a>(&'a self, as_is: &'a Tensor) -> Input<'a> {
+        match self {
+            Made::AsIs(_) | Made::Shared(_) => as_is.into(),
+            Made::Cast(tensor) => tensor.into(),
+            Made::Packed(tensor) => tensor.into(),
+        }
+    }
+
+    /// Wgrad's, where `rows` is the operand of the other product.
+    fn input_beside<'a>(&'a self, rows: &'a Made, as_is: &'a Tensor) -> Input<'a> {
+        match self {
+            Made::Shared(_) => rows.input(as_is),
+            made => made.input(as_is),
+        }
+    }
+
+    fn packed(&mut self) -> Option<&mut DeviceMxTensor> {
+        match self {
+            Made::Packed(tensor) => Some(tensor),
+            _ => None,
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Made::AsIs(_) | Made::Shared(_) => 0,
+            Made::Cast(tensor) => tensor.bytes(),
+            Made::Packed(tensor) => tensor.bytes(),
+        }
+    }
+}
+
+/// The columns that are kept in bf16: their product is added to the main one.
+#[derive(Debug)]
+struct Outliers {
+    split: Split,
+    x: Tensor,
+    w: Tensor,
+    /// Of the weight in the type of x.
+    w_dense: Made,
+    product: Matmul,
+}
+
+/// A linear layer: what it needs besides its weight.
+#[derive(Debug)]
+pub struct MxLinear {
+    desc: LinearDesc,
+    recipe: Linear,
+    /// Its number, for random streams.
+    layer: u32,
+    x: Made,
+    x_columns: Made,
+    w: Made,
+    dy: Made,
+    dy_columns: Made,
+    w_dgrad: Made,
+    forward: Matmul,
+    dgrad: Matmul,
+    wgrad: Matmul,
+    clips: [Option<(Quantile, Tensor)>; 2],
+    outliers: Option<Outliers>,
+}
+
+impl MxLinear {
+    /// Makes the layer number `layer`. `accumulate`: wgrad is added to what dW holds.
+    pub fn new(
+        ctx: &Context,
+        desc: &LinearDesc,
+        recipe: &Linear,
+        layer: u32,
+        accumulate: bool,
+    ) -> Result<MxLinear> {
+        recipe.validate()?;
+        let LinearDesc { rows, n, k, .. } = *desc;
+        let (xs, ws, ys) = ([rows, k], [n, k], [rows, n]);
+        let x = Made::new(ctx, &recipe.forward.x, desc.x, xs, Axis::One)?;
+        let x_columns = Made::beside(ctx, &x, &recipe.wgrad.x, desc.x, xs)?;
+        let w = Made::new(ctx, &recipe.forward.w, DType::F32, ws, Axis::One)?;
+        let dy = Made::new(ctx, &recipe.dgrad.dy, desc.dy, ys, Axis::One)?;
+        let dy_columns = Made::beside(ctx, &dy, &recipe.wgrad.dy, desc.dy, ys)?;
+        let w_dgrad = Made::new(ctx, &recipe.dgrad.w, DType::F32, ws, Axis::Zero)?;
+        let gain = |cast: &Cast| {
+            let hadamard = cast.hadamard.map(|size| Hadamard { size, signs: Signs::None });
+            hadamard.map_or(1.0, Hadamard::gain)
+        };
+        let forward = Matmul::new(
+            ctx,
+            &MatmulDesc {
+                m: rows,
+                n,
+                k,
+                a: x.operand(false),
+                b: w.operand(false),
+                out: desc.y.into(),
+                alpha: gain(&recipe.forward.x),
+                ..Default::default()
+            },
+        )?;
+        let dgrad = Matmul::new(
+            ctx,
+            &MatmulDesc {
+                m: rows,
+                n: k,
+                k: n,
+                a: dy.operand(false),
+                b: w_dgrad.operand(true),
+                out: desc.dx.into(),
+                alpha: gain(&recipe.dgrad.dy),
+                ..Default::default()
+            },
+        )?;
+        let wgrad = Matmul::new(
+            ctx,
+            &MatmulDesc {
+                m: n,
+                n: k,
+                k: rows,
+                a: dy_columns.operand(true),
+                b: x_columns.operand(true),
+                out: DType::F32.into(),
+                alpha: gain(&recipe.wgrad.dy),
+                beta: if accumulate { 1.0 } else { 0.0 },
+                ..Default::default()
+            },
+        )?;
+        let clip = |cast: &Cast| {
+            let clip =
+                cast.clip.map(|q| Ok((Quantile::new(ctx, q)?, ctx.zeros(DType::F32, 1, 1)?)));
+            clip.transpose()
+        };
+        let outliers = match recipe.forward.x.outliers {
+            None => None,
+            Some(columns) => {
+                let dense = Cast::plain(if desc.x == DType::BF16 { "bf16" } else { "f32" });
+                Some(Outliers {
+                    split: Split::new(ctx, k, columns)?,
+                    x: ctx.zeros(desc.x, rows, columns)?,
+                    w: ctx.zeros(desc.x, n, columns)?,
+                    w_dense: Made::new(ctx, &dense, DType::F32, ws, Axis::One)?,
+                    product: Matmul::new(
+                        ctx,
+                        &MatmulDesc {
+                            m: rows,
+                            n,
+                            k: columns,
+                            a: desc.x.into(),
+                            b: desc.x.into(),
+                            out: desc.y.into(),
+                            beta: 1.0,
+                            ..Default::default()
+                        },
+                    )?,
+                })
+            }
+        };
+        Ok(MxLinear {
+            desc: *desc,
+            clips: [clip(&recipe.forward.x)?, clip(&recipe.dgrad.dy)?],
+            recipe: recipe.clone(),
+            layer,
+            x,
+            x_columns,
+            w,
+            dy,
+            dy_columns,
+            w_dgrad,
+            forward,
+            dgrad,
+            wgrad,
+            outliers,
+        })
+    }
+
+    /// Whether backward needs X itself.
+    pub fn keeps_x(&self) -> bool {
+        matches!(self.x_columns, Made::AsIs(_))
+    }
+
+    /// Bytes that are held for the layer besides weight, gradient and state.
+    pub fn bytes(&self) -> usize {
+        let all = [&self.x, &self.x_columns, &self.w, &self.dy, &self.dy_columns, &self.w_dgrad];
+        all.iter().map(|made| made.bytes()).sum()
+    }
+
+    /// The tiers of forward, dgrad and wgrad.
+    pub fn tiers(&self) -> [crate::Tier; 3] {
+        [self.forward.tier(), self.dgrad.tier(), self.wgrad.tier()]
+    }
+
+    /// Records the packing of the weight, which the products take until it is recorded again.
+    pub fn prepare(&mut self, stream: &mut Stream<'_>, w: &Tensor, draws: Draws) -> Result<()> {
+        let layer = self.layer;
+        let (forward, dgrad) = (&self.recipe.forward.w, &self.recipe.dgrad.w);
+        weight(
+            stream,
+            w,
+            forward,
+            Axis::One,
+            draws.hadamard(forward, layer, FORWARD),
+            &mut self.w,
+        )?;
+        weight(
+            stream,
+            w,
+            dgrad,
+            Axis::Zero,
+            draws.hadamard(dgrad, layer, DGRAD),
+            &mut self.w_dgrad,
+        )?;
+        match &mut self.outliers {
+            Some(o) => weight(stream, w, &Cast::plain("bf16"), Axis::One, None, &mut o.w_dense),
+            None => Ok(()),
+        }
+    }
+
+    /// Records Y = X · Wᵀ, and what wgrad needs of X.
+    pub fn forward(
+        &mut self,
+        stream: &mut Stream<'_>,
+        x: &Tensor,
+        w: &Tensor,
+        y: &mut Tensor,
+        draws: Draws,
+        counters: Option<&mut Ids>,
+    ) -> Result<()> {
+        let layer = self.layer;
+        if let Some(o) = &mut self.outliers {
+            o.split.choose(stream, x)?;
+        }
+        quantize(
+            stream,
+            x,
+            (
+                &self.recipe.forward.x,
+                draws.hadamard(&self.recipe.forward.x, layer, FORWARD),
+                X_ROWS,
+            ),
+            (&self.recipe.wgrad.x, draws.hadamard(&self.recipe.wgrad.x, layer, WGRAD), X_COLUMNS),
+            &mut self.x,
+            &mut self.x_columns,
+            &mut self.clips[0],
+            self.outliers.as_ref().map(|o| o.split.mask()),
+            (draws, layer),
+            counters,
+        )?;
+        self.forward.record(stream, self.x.input(x), self.w.input(w), &mut *y)?;
+        if let Some(o) = &mut self.outliers {
+            o.split.gather(stream, x, &mut o.x)?;
+            match &o.w_dense {
+                Made::Cast(dense) => o.split.gather(stream, dense, &mut o.w)?,
+                _ => o.split.gather(stream, w, &mut o.w)?,
+            }
+            o.product.record(stream, &o.x, &o.w, y)?;
+        }
+        Ok(())
+    }
+
+    /// Records dX = dY · W and dW = dYᵀ · X, of the last forward pass. `x`: as it was, where [`MxLinear::keeps_x`].
+    #[allow(clippy::too_many_arguments)]
+    pub fn backward(
+        &mut self,
+        stream: &mut Stream<'_>,
+        x: Option<&Tensor>,
+        w: &Tensor,
+        dy: &Tensor,
+        dx: &mut Tensor,
+        dw: &mut Tensor,
+        draws: Draws,
+        counters: Option<&mut Ids>,
+    ) -> Result<()> {
+        let layer = self.layer;
+        quantize(
+            stream,
+            dy,
+            (&self.recipe.dgrad.dy, draws.hadamard(&self.recipe.dgrad.dy, layer, DGRAD), DY_ROWS),
+            (
+                &self.recipe.wgrad.dy,
+                draws.hadamard(&self.recipe.wgrad.dy, layer, WGRAD),
+                DY_COLUMNS,
+            ),
+            &mut self.dy,
+            &mut self.dy_columns,
+            &mut self.clips[1],
+            None,
+            (draws, layer),
+            counters,
+        )?;
+        self.dgrad.record(stream, self.dy.input(dy), self.w_dgrad.input(w), dx)?;
+        let x = match (&self.x_columns, x) {
+            (Made::AsIs(_), None) => {
+                return Err(Error::Mismatch {
+                    operation: "MxLinear::backward",
+                    problem: format!(
+                        "[{}, {}]: wgrad reads x itself, and it was not kept",
+                        self.desc.rows, self.desc.k
+                    ),
+                });
+            }
+            // Not read.
+            (_, x) => x.unwrap_or(dy),
+        };
+        let dy_columns = self.dy_columns.input_beside(&self.dy, dy);
+        let x_columns = self.x_columns.input_beside(&self.x, x);
+        self.wgrad.record(stream, dy_columns, x_columns, dw)
+    }
+}
+
+/// A weight in its format.
+fn weight(
+    stream: &mut Stream<'_>,
+    w: &Tensor,
+    cast: &Cast,
+    axis: Axis,
+    hadamard: Option<Hadamard>,
+    made: &mut Made,
+) -> Result<()> {
+    let ctx = stream.context().clone();
+    match made {
+        Made::AsIs(_) | Made::Shared(_) => Ok(()),
+        Made::Cast(tensor) => add::cast(stream, w, tensor),
+        Made::Packed(tensor) => {
+            let spec = tensor.layout().spec;
+            let scale_rule = cast.scale.map(Into::into);
+            if hadamard.is_none() {
+                let desc = QuantizeDesc { spec, axis, scale_rule, ..Default::default() };
+                return Quantize::new(&ctx, &desc)?.record(stream, w, tensor);
+            }
+            let side = Some(Side { spec, scale_rule, rounding: Rounding::NearestEven, hadamard });
+            let (rows, columns) = match axis {
+                Axis::One => (side, None),
+                Axis::Zero => (None, side),
+            };
+            let both = QuantizeBoth::new(&ctx, rows, columns)?;
+            let (to_rows, to_columns) = match axis {
+                Axis::One => (Some(tensor), None),
+                Axis::Zero => (None, Some(tensor)),
+            };
+            both.record(stream, w, to_rows, to_columns, &Guards::default(), None)
+        }
+    }
+}
+
+/// An activation or gradient in the formats of the two products that it is in.
+#[allow(clippy::too_many_arguments)]
+fn quantize(
+    stream: &mut Stream<'_>,
+    x: &Tensor,
+    (row_cast, row_hadamard, row_operand): (&Cast, Option<Hadamard>, u32),
+    (column_cast, column_hadamard, column_operand): (&Cast, Option<Hadamard>, u32),
+    rows: &mut Made,
+    columns: &mut Made,
+    clip: &mut Option<(Quantile, Tensor)>,
+    skip: Option<&Ids>,
+    (draws, layer): (Draws, u32),
+    counters: Option<&mut Ids>,
+) -> Result<()> {
+    for made in [&mut *rows, &mut *columns] {
+        if let Made::Cast(to) = made {
+            add::cast(stream, x, to)?;
+        }
+    }
+    let side = |cast: &Cast, hadamard, operand, made: &Made| match made {
+        Made::Packed(tensor) => Some(Side {
+            spec: tensor.layout().spec,
+            scale_rule: cast.scale.map(Into::into),
+            rounding: draws.rounding(cast, layer, operand),
+            hadamard,
+        }),
+        _ => None,
+    };
+    let row_side = side(row_cast, row_hadamard, row_operand, rows);
+    let column_side = side(column_cast, column_hadamard, column_operand, columns);
+    if row_side.is_none() && column_side.is_none() {
+        return Ok(());
+    }
+    if let Some((quantile, threshold)) = clip {
+        quantile.record(stream, x, threshold)?;
+    }
+    let guards = Guards { clip: clip.as_ref().map(|(_, threshold)| threshold), skip };
+    let ctx = stream.context().clone();
+    if skip.is_some() {
+        // The columns that are set apart are missing from the product over them, not from wgrad.
+        let plain = Guards { skip: None, ..guards };
+        QuantizeBoth::new(&ctx, row_side, None)?.record(
+            stream,
+            x,
+            rows.packed(),
+            None,
+            &guards,
+            counters,
+        )?;
+        return match column_side {
+            None => Ok(()),
+            Some(_) => QuantizeBoth::new(&ctx, None, column_side)?.record(
+                stream,
+                x,
+                None,
+                columns.packed(),
+                &plain,
+                None,
+            ),
+        };
+    }
+    QuantizeBoth::new(&ctx, row_side, column_side)?.record(
+        stream,
+        x,
+        rows.packed(),
+        columns.packed(),
+        &guards,
+        counters,
+    )
+}

@@ -1,0 +1,728 @@
+//! A decoder transformer over bytes, with explicit forward and backward passes.
+//!
+//! ```text
+//! s = embedding(tokens)
+//! block:  s += out(attention(rope(qkv(norm(s)))))      s += down(swiglu(gate_up(norm(s))))
+//! logits = head(norm(s))
+//! ```
+//!
+//! Pre-norm (RMSNorm), rotary positions, causal attention, SwiGLU, no biases; the head is not tied to the embedding. With
+//! `mtp` extra heads, each is a block of its own on the trunk's output, with its own norm and the shared head, and
+//! predicts one token further (Gloeckle et al., arXiv 2404.19737).
+//!
+//! The residual stream and its gradient are f32 `[T, dim]`, T = batch · seq tokens; what lies between kernels is of the
+//! recipe's `activations`. Kept for backward: the residual stream at both norms, qkv, attention's output, gate and up,
+//! and what each linear layer keeps of its input, packed where wgrad reads it packed.
+
+use crate::engine::buffer::{DType, Ids, Tensor};
+use crate::engine::{Context, Stream};
+use crate::kernels::adamw::{AdamW, AdamWDesc, AdamWState};
+use crate::kernels::cross_entropy::{IGNORED, cross_entropy};
+use crate::kernels::embedding::{self, EmbeddingGradient};
+use crate::kernels::reduce::Reduce;
+use crate::kernels::rmsnorm::RmsNorm;
+use crate::kernels::rope::{Direction, Rope};
+use crate::kernels::{Attention, AttentionDesc, add, quantize_both, swiglu};
+use crate::rng;
+use crate::{Error, Result};
+
+use super::linear::{Draws, LinearDesc, MxLinear};
+use super::recipe::Recipe;
+
+/// The sizes of a model and of its batch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelDesc {
+    /// Tokens that there are.
+    pub vocabulary: usize,
+    /// Columns of the residual stream.
+    pub dim: usize,
+    /// Blocks.
+    pub layers: usize,
+    /// Heads of attention.
+    pub heads: usize,
+    /// Columns of the feed-forward part.
+    pub ffn: usize,
+    /// Tokens of a sequence.
+    pub seq: usize,
+    /// Sequences of a step.
+    pub batch: usize,
+    /// Tokens predicted beyond the next one.
+    pub mtp: usize,
+}
+
+/// The weight of all extra heads' losses together.
+const MTP_WEIGHT: f32 = 0.3;
+const EPS: f32 = 1e-5;
+const ROPE_BASE: f64 = 10_000.0;
+
+impl ModelDesc {
+    /// `tiny`, `small`, `10m`, `30m`.
+    pub fn preset(name: &str) -> Option<ModelDesc> {
+        let desc = |dim, layers, heads, ffn, seq, batch| ModelDesc {
+            vocabulary: 256,
+            dim,
+            layers,
+            heads,
+            ffn,
+            seq,
+            batch,
+            mtp: 0,
+        };
+        Some(match name {
+            "tiny" => desc(128, 2, 4, 384, 128, 16),
+            "small" => desc(256, 4, 4, 768, 256, 16),
+            "10m" => desc(384, 6, 6, 1024, 512, 64),
+            "30m" => desc(640, 6, 10, 1792, 512, 64),
+            _ => return None,
+        })
+    }
+
+    /// Tokens of a step.
+    pub fn tokens(&self) -> usize {
+        self.batch * self.seq
+    }
+
+    /// Parameters.
+    pub fn parameters(&self) -> usize {
+        let block = 4 * self.dim * self.dim + 3 * self.dim * self.ffn + 2 * self.dim;
+        2 * self.vocabulary * self.dim
+            + (self.layers + self.mtp) * block
+            + (1 + self.mtp) * self.dim
+    }
+
+    /// Checks the sizes.
+    pub fn validate(&self) -> Result<()> {
+        let wrong = |problem| Err(Error::Mismatch { operation: "ModelDesc", problem });
+        let ModelDesc { vocabulary, dim, layers, heads, ffn, seq, batch, .. } = *self;
+        if [vocabulary, dim, layers, heads, ffn, seq, batch].contains(&0) {
+            return wrong("every size but mtp is at least one".into());
+        }
+        if !dim.is_multiple_of(heads) || !(dim / heads).is_multiple_of(8) || dim / heads < 16 {
+            return wrong(format!(
+                "dim {dim} by {heads} heads: a multiple of 8, at least 16, expected for each"
+            ));
+        }
+        for (name, size) in [("dim", dim), ("ffn", ffn), ("batch · seq", batch * seq)] {
+            if !size.is_multiple_of(32) {
+                return wrong(format!("{name} is {size}, expected a multiple of 32"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A parameter, its gradient, and its optimizer's state.
+#[derive(Debug)]
+pub struct Param {
+    /// Its name, as in a checkpoint.
+    pub name: String,
+    /// The master weight.
+    pub value: Tensor,
+    /// f32, times the loss scale.
+    pub grad: Tensor,
+    /// The optimizer.
+    pub adam: AdamW,
+    /// Its moments.
+    pub state: AdamWState,
+    /// Whether weight decay applies: to matrices, not to gains and embeddings.
+    pub decay: bool,
+}
+
+/// The index of a parameter.
+type Id = usize;
+
+/// A block, and what it keeps for backward.
+#[derive(Debug)]
+struct Block {
+    norm1: Id,
+    qkv: (Id, MxLinear),
+    out: (Id, MxLinear),
+    norm2: Id,
+    gate_up: (Id, MxLinear),
+    down: (Id, MxLinear),
+    /// The residual stream at the norms.
+    s1: Tensor,
+    s2: Tensor,
+    rstd1: Tensor,
+    rstd2: Tensor,
+    attended: Tensor,
+    lse: Tensor,
+    rotated: Tensor,
+    gu: Tensor,
+    /// Inputs of qkv, gate_up and down, where they are kept as they are.
+    y1: Option<Tensor>,
+    y2: Option<Tensor>,
+    h: Option<Tensor>,
+}
+
+/// What the blocks share.
+#[derive(Debug)]
+struct Shared {
+    norm: RmsNorm,
+    rope: Rope,
+    attention: Attention,
+    embedding: EmbeddingGradient,
+    reduce: Reduce,
+    /// Activations that nothing keeps.
+    y: Tensor,
+    h: Tensor,
+    o: Tensor,
+    /// The output of the last feed-forward part, not yet in the residual stream.
+    f: Tensor,
+    /// Gradients: of the residual stream (two, by turns), and of what lies between kernels.
+    ds: [Tensor; 2],
+    dy: Tensor,
+    dh: Tensor,
+    dgu: Tensor,
+    dqkv: Tensor,
+    dattended: Tensor,
+    dlogits: Tensor,
+    logits: Tensor,
+    losses: Tensor,
+    /// With extra heads: the gradient of the trunk's output, of all of them.
+    dtrunk: Option<Tensor>,
+}
+
+/// A head: the norm before it and what it keeps.
+#[derive(Debug)]
+struct Head {
+    norm: Id,
+    linear: MxLinear,
+    /// The residual stream at the norm.
+    s: Tensor,
+    rstd: Tensor,
+    y: Tensor,
+    targets: Ids,
+    /// Mean over the targets.
+    loss: Tensor,
+}
+
+/// The counters of one step's quantizers, see [`quantize_both::COUNTERS`].
+#[derive(Debug)]
+pub struct Counters {
+    /// Of activations, along rows and columns.
+    pub x: Ids,
+    /// Of gradients.
+    pub dy: Ids,
+}
+
+/// A model on an engine.
+#[derive(Debug)]
+pub struct Model {
+    ctx: Context,
+    desc: ModelDesc,
+    /// All parameters.
+    pub params: Vec<Param>,
+    embedding: Id,
+    head: Id,
+    blocks: Vec<Block>,
+    /// The main head, then the extra ones, each with a block.
+    heads: Vec<Head>,
+    extra: Vec<Block>,
+    shared: Shared,
+    tokens: Ids,
+    /// The step's counters.
+    pub counters: Counters,
+}
+
+/// Makes parameters in order.
+struct Maker<'a> {
+    ctx: &'a Context,
+    desc: &'a ModelDesc,
+    recipe: &'a Recipe,
+    seed: u64,
+    params: Vec<Param>,
+    layers: u32,
+}
+
+impl Maker<'_> {
+    /// Normal with this deviation; 0: ones.
+    fn param(
+        &mut self,
+        name: String,
+        shape: [usize; 2],
+        deviation: f64,
+        decay: bool,
+    ) -> Result<Id> {
+        let index = self.params.len();
+        let [rows, cols] = shape;
+        let o = &self.recipe.optimizer;
+        let adam = AdamWDesc {
+            // Gains are few, and their kernels take f32.
+            master: if rows == 1 { DType::F32 } else { o.master.into() },
+            moments: o.moments.into(),
+            beta1: o.beta1,
+            beta2: o.beta2,
+            eps: o.eps,
+            index: index as u32,
+            ..AdamWDesc::new(rows, cols)
+        };
+        let values = normal(self.seed, index as u32, rows * cols, deviation);
+        let bytes: Vec<u8> = match adam.master {
+            DType::BF16 => {
+                values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect()
+            }
+            _ => bytemuck::cast_slice(&values).to_vec(),
+        };
+        self.params.push(Param {
+            name,
+            value: self.ctx.upload(adam.master, rows, cols, &bytes)?,
+            grad: self.ctx.zeros(DType::F32, rows, cols)?,
+            state: AdamWState::new(self.ctx, &adam)?,
+            adam: AdamW::new(self.ctx, &adam)?,
+            decay,
+        });
+        Ok(index)
+    }
+
+    fn gain(&mut self, name: String) -> Result<Id> {
+        self.param(name, [1, self.desc.dim], 0.0, false)
+    }
+
+    fn act(&self) -> DType {
+        self.recipe.activations.into()
+    }
+
+    fn linear(&mut self, name: &str, n: usize, k: usize, dy: DType) -> Result<MxLinear> {
+        self.layers += 1;
+        let act = self.act();
+        let desc = LinearDesc { rows: self.desc.tokens(), n, k, x: act, y: act, dy, dx: act };
+        MxLinear::new(self.ctx, &desc, self.recipe.layer(name), self.layers, false)
+            .map_err(|error| Error::Recipe(format!("{name}: {error}")))
+    }
+
+    fn block(&mut self, name: &str) -> Result<Block> {
+        let ModelDesc { dim, ffn, layers, heads, .. } = *self.desc;
+        let (t, act, ctx) = (self.desc.tokens(), self.act(), self.ctx);
+        let inner = 0.02 / (2.0 * layers as f64).sqrt();
+        let norm1 = self.gain(format!("{name}.norm1"))?;
+        let qkv = self.param(format!("{name}.qkv"), [3 * dim, dim], 0.02, true)?;
+        let out = self.param(format!("{name}.out"), [dim, dim], inner, true)?;
+        let norm2 = self.gain(format!("{name}.norm2"))?;
+        let gate_up = self.param(format!("{name}.gate_up"), [2 * ffn, dim], 0.02, true)?;
+        let down = self.param(format!("{name}.down"), [dim, ffn], inner, true)?;
+        let qkv = (qkv, self.linear(&format!("{name}.qkv"), 3 * dim, dim, act)?);
+        let out = (out, self.linear(&format!("{name}.out"), dim, dim, DType::F32)?);
+        let gate_up = (gate_up, self.linear(&format!("{name}.gate_up"), 2 * ffn, dim, act)?);
+        let down = (down, self.linear(&format!("{name}.down"), dim, ffn, DType::F32)?);
+        let kept = |linear: &MxLinear, cols| match linear.keeps_x() {
+            true => ctx.zeros(act, t, cols).map(Some),
+            false => Ok(None),
+        };
+        Ok(Block {
+            norm1,
+            norm2,
+            s1: ctx.zeros(DType::F32, t, dim)?,
+            s2: ctx.zeros(DType::F32, t, dim)?,
+            rstd1: ctx.zeros(DType::F32, t, 1)?,
+            rstd2: ctx.zeros(DType::F32, t, 1)?,
+            attended: ctx.zeros(act, t, dim)?,
+            lse: ctx.zeros(DType::F32, t, heads)?,
+            rotated: ctx.zeros(act, t, 3 * dim)?,
+            gu: ctx.zeros(act, t, 2 * ffn)?,
+            y1: kept(&qkv.1, dim)?,
+            y2: kept(&gate_up.1, dim)?,
+            h: kept(&down.1, ffn)?,
+            qkv,
+            out,
+            gate_up,
+            down,
+        })
+    }
+
+    fn head(&mut self, name: &str, accumulate: bool) -> Result<Head> {
+        let ModelDesc { dim, vocabulary, .. } = *self.desc;
+        let (t, act) = (self.desc.tokens(), self.act());
+        let norm = self.gain(format!("{name}.norm"))?;
+        self.layers += 1;
+        let desc = LinearDesc {
+            rows: t,
+            n: vocabulary,
+            k: dim,
+            x: act,
+            y: DType::F32,
+            dy: DType::F32,
+            dx: act,
+        };
+        let recipe = self.recipe.layer("head");
+        Ok(Head {
+            norm,
+            linear: MxLinear::new(self.ctx, &desc, recipe, self.layers, accumulate)
+                .map_err(|error| Error::Recipe(format!("head: {error}")))?,
+            s: self.ctx.zeros(DType::F32, t, dim)?,
+            rstd: self.ctx.zeros(DType::F32, t, 1)?,
+            y: self.ctx.zeros(act, t, dim)?,
+            targets: self.ctx.zeros_ids(t)?,
+            loss: self.ctx.zeros(DType::F32, 1, 1)?,
+        })
+    }
+}
+
+/// Normal numbers of a parameter: Box–Muller on the crate's generator; ones for a deviation of zero.
+fn normal(seed: u64, index: u32, len: usize, deviation: f64) -> Vec<f32> {
+    if deviation == 0.0 {
+        return vec![1.0; len];
+    }
+    let key = [seed as u32, (seed >> 32) as u32, index, 0x696e_6974];
+    let pair = |a: u32, b: u32| {
+        let radius = (-2.0 * ((f64::from(a) + 0.5) / 4_294_967_296.0).ln()).sqrt();
+        let angle = std::f64::consts::TAU * (f64::from(b) / 4_294_967_296.0);
+        [radius * angle.cos(), radius * angle.sin()]
+    };
+    let mut values = Vec::with_capacity(len + 3);
+    for i in 0..len.div_ceil(4) {
+        let words = rng::threefry4x32::<{ rng::ROUNDS }>([i as u32, 0, 0, 0], key);
+        for [a, b] in [[words[0], words[1]], [words[2], words[3]]] {
+            values.extend(pair(a, b).map(|v| (v * deviation) as f32));
+        }
+    }
+    values.truncate(len);
+    values
+}
+
+/// What a pass is for.
+#[derive(Clone, Copy, Debug)]
+pub struct Pass {
+    /// Random bits.
+    pub draws: Draws,
+    /// Whether the quantizers count.
+    pub count: bool,
+}
+
+impl Model {
+    /// Makes a model with fresh weights, which depend on the seed alone.
+    pub fn new(ctx: &Context, desc: &ModelDesc, recipe: &Recipe, seed: u64) -> Result<Model> {
+        desc.validate()?;
+        recipe.validate()?;
+        let mut maker = Maker { ctx, desc, recipe, seed, params: Vec::new(), layers: 0 };
+        let ModelDesc { vocabulary, dim, ffn, seq, batch, heads, .. } = *desc;
+        let (t, act) = (desc.tokens(), maker.act());
+        let embedding = maker.param("embedding".into(), [vocabulary, dim], 0.02, false)?;
+        let blocks =
+            (0..desc.layers).map(|i| maker.block(&format!("blocks.{i}"))).collect::<Result<_>>()?;
+        let extra =
+            (0..desc.mtp).map(|i| maker.block(&format!("mtp.{i}"))).collect::<Result<_>>()?;
+        let head = maker.param("head".into(), [vocabulary, dim], 0.02, true)?;
+        let mut all = vec![maker.head("final", false)?];
+        for i in 0..desc.mtp {
+            all.push(maker.head(&format!("mtp.{i}.final"), true)?);
+        }
+        let zeros = |dtype, cols| ctx.zeros(dtype, t, cols);
+        let head_dim = dim / heads;
+        let shared = Shared {
+            norm: RmsNorm::new(ctx, t, dim, EPS)?,
+            rope: Rope::new(ctx, seq, head_dim, ROPE_BASE)?,
+            attention: Attention::new(ctx, &AttentionDesc { batch, seq, heads, head_dim })?,
+            embedding: EmbeddingGradient::new(ctx, t, vocabulary, dim)?,
+            reduce: Reduce::new(ctx, t)?,
+            y: zeros(act, dim)?,
+            h: zeros(act, ffn)?,
+            o: zeros(act, dim)?,
+            f: zeros(act, dim)?,
+            ds: [zeros(DType::F32, dim)?, zeros(DType::F32, dim)?],
+            dy: zeros(act, dim)?,
+            dh: zeros(act, ffn)?,
+            dgu: zeros(act, 2 * ffn)?,
+            dqkv: zeros(act, 3 * dim)?,
+            dattended: zeros(act, dim)?,
+            dlogits: zeros(DType::F32, vocabulary)?,
+            logits: zeros(DType::F32, vocabulary)?,
+            losses: zeros(DType::F32, 1)?,
+            dtrunk: match desc.mtp {
+                0 => None,
+                _ => Some(zeros(DType::F32, dim)?),
+            },
+        };
+        Ok(Model {
+            ctx: ctx.clone(),
+            desc: desc.clone(),
+            params: maker.params,
+            embedding,
+            head,
+            blocks,
+            heads: all,
+            extra,
+            shared,
+            tokens: ctx.zeros_ids(t)?,
+            counters: Counters {
+                x: ctx.zeros_ids(quantize_both::COUNTERS)?,
+                dy: ctx.zeros_ids(quantize_both::COUNTERS)?,
+            },
+        })
+    }
+
+    /// The sizes.
+    pub fn desc(&self) -> &ModelDesc {
+        &self.desc
+    }
+
+    /// Each linear layer's tiers, by name.
+    pub fn tiers(&self) -> Vec<(String, [crate::Tier; 3])> {
+        let mut list = Vec::new();
+        for block in self.blocks.iter().chain(&self.extra) {
+            for (id, linear) in [&block.qkv, &block.out, &block.gate_up, &block.down] {
+                list.push((self.params[*id].name.clone(), linear.tiers()));
+            }
+        }
+        list.push(("head".into(), self.heads[0].linear.tiers()));
+        list
+    }
+
+    /// Uploads a batch `[batch, seq + 1 + mtp]` of tokens: inputs and, for every head, targets.
+    pub fn set_batch(&mut self, tokens: &[u32]) -> Result<()> {
+        let ModelDesc { seq, batch, mtp, .. } = self.desc;
+        let window = seq + 1 + mtp;
+        if tokens.len() != batch * window {
+            return Err(Error::Mismatch {
+                operation: "Model::set_batch",
+                problem: format!("{} tokens, expected [{batch}, {window}]", tokens.len()),
+            });
+        }
+        let from = |offset: usize| -> Vec<u32> {
+            tokens.chunks(window).flat_map(|w| w[offset..offset + seq].to_vec()).collect()
+        };
+        let ctx = self.ctx.clone();
+        self.tokens.write(&ctx, &from(0))?;
+        for (i, head) in self.heads.iter_mut().enumerate() {
+            head.targets.write(&ctx, &from(i + 1))?;
+        }
+        Ok(())
+    }
+
+    /// Uploads inputs `[batch, seq]` alone, to read logits: there are no targets.
+    pub fn set_inputs(&mut self, tokens: &[u32]) -> Result<()> {
+        let ctx = self.ctx.clone();
+        self.tokens.write(&ctx, tokens)?;
+        for head in &mut self.heads {
+            head.targets.write(&ctx, &vec![IGNORED; self.desc.tokens()])?;
+        }
+        Ok(())
+    }
+
+    /// The logits of the last pass without a backward one, `[T, vocabulary]` f32.
+    pub fn logits(&self) -> &Tensor {
+        &self.shared.logits
+    }
+
+    /// The mean losses of the last pass, a head each, `[1, 1]` f32.
+    pub fn losses(&self) -> impl Iterator<Item = &Tensor> {
+        self.heads.iter().map(|head| &head.loss)
+    }
+
+    /// Records the packing of all weights, after they changed.
+    pub fn prepare(&mut self, stream: &mut Stream<'_>, draws: Draws) -> Result<()> {
+        let params = &self.params;
+        for block in self.blocks.iter_mut().chain(&mut self.extra) {
+            for (id, linear) in
+                [&mut block.qkv, &mut block.out, &mut block.gate_up, &mut block.down]
+            {
+                linear.prepare(stream, &params[*id].value, draws)?;
+            }
+        }
+        for head in &mut self.heads {
+            head.linear.prepare(stream, &params[self.head].value, draws)?;
+        }
+        Ok(())
+    }
+
+    /// Records a forward pass over the batch, for the main head's loss. With `scale`, all heads' losses and a backward pass as
+    /// well: gradients are those of `scale` times the mean loss (plus the extra heads').
+    pub fn record(
+        &mut self,
+        stream: &mut Stream<'_>,
+        pass: Pass,
+        scale: Option<f32>,
+    ) -> Result<()> {
+        if pass.count {
+            stream.clear_ids(&mut self.counters.x)?;
+            stream.clear_ids(&mut self.counters.dy)?;
+        }
+        let Model { params, blocks, extra, heads, shared, tokens, counters, desc, .. } = self;
+        let head = self.head;
+        embedding::forward(stream, tokens, &params[self.embedding].value, &mut blocks[0].s1)?;
+        for l in 0..blocks.len() {
+            let (before, rest) = blocks.split_at_mut(l);
+            let s = before.last().map(|block| &block.s2);
+            rest[0].forward(stream, params, shared, s, pass, &mut counters.x)?;
+        }
+        let (main, others) = heads.split_at_mut(1);
+        let main = &mut main[0];
+        let last = &blocks[blocks.len() - 1].s2;
+        let each = scale.map(|scale| scale / desc.tokens() as f32);
+        main.forward(stream, params, head, shared, last, pass, &mut counters.x, each)?;
+        let Some(each) = each else { return Ok(()) };
+        main.backward(stream, params, head, shared, pass, &mut counters.dy)?;
+        if let Some(trunk) = &mut shared.dtrunk {
+            add::cast(stream, &shared.ds[0], trunk)?;
+        }
+        let each = each * MTP_WEIGHT / others.len().max(1) as f32;
+        for (block, other) in extra.iter_mut().zip(others) {
+            add::cast(stream, &main.s, &mut block.s1)?;
+            block.forward(stream, params, shared, None, pass, &mut counters.x)?;
+            other.forward(
+                stream,
+                params,
+                head,
+                shared,
+                &block.s2,
+                pass,
+                &mut counters.x,
+                Some(each),
+            )?;
+            other.backward(stream, params, head, shared, pass, &mut counters.dy)?;
+            block.backward(stream, params, shared, pass, &mut counters.dy)?;
+            if let Some(trunk) = &mut shared.dtrunk {
+                add::add(stream, &shared.ds[0], trunk)?;
+            }
+        }
+        if let Some(trunk) = &shared.dtrunk {
+            add::cast(stream, trunk, &mut shared.ds[0])?;
+        }
+        for block in blocks.iter_mut().rev() {
+            block.backward(stream, params, shared, pass, &mut counters.dy)?;
+        }
+        let table = &mut params[self.embedding].grad;
+        shared.embedding.record(stream, tokens, &shared.ds[0], table, false)
+    }
+}
+
+/// The counters, where the pass counts.
+fn counting(pass: Pass, counters: &mut Ids) -> Option<&mut Ids> {
+    pass.count.then_some(counters)
+}
+
+impl Block {
+    /// From the residual stream `s` and what is not yet in it, `shared.f`; or from `s1`. Leaves `s2` and a new `shared.f`.
+    fn forward(
+        &mut self,
+        stream: &mut Stream<'_>,
+        params: &[Param],
+        shared: &mut Shared,
+        s: Option<&Tensor>,
+        pass: Pass,
+        counters: &mut Ids,
+    ) -> Result<()> {
+        let Shared { norm, rope, attention, y, h, o, f, .. } = shared;
+        let value = |id: Id| &params[id].value;
+        let draws = pass.draws;
+        let y1 = self.y1.as_mut().unwrap_or(y);
+        match s {
+            Some(s) => {
+                let branch = Some((&*f, &mut self.s1));
+                norm.forward(stream, s, branch, value(self.norm1), y1, &mut self.rstd1)?;
+            }
+            None => norm.forward(stream, &self.s1, None, value(self.norm1), y1, &mut self.rstd1)?,
+        }
+        let (id, linear) = &mut self.qkv;
+        linear.forward(
+            stream,
+            y1,
+            value(*id),
+            &mut self.rotated,
+            draws,
+            counting(pass, counters),
+        )?;
+        rope.record(stream, &mut self.rotated, Direction::Forward)?;
+        attention.forward(stream, &self.rotated, &mut self.attended, &mut self.lse)?;
+        let (id, linear) = &mut self.out;
+        linear.forward(stream, &self.attended, value(*id), o, draws, counting(pass, counters))?;
+        let y2 = self.y2.as_mut().unwrap_or(y);
+        let branch = Some((&*o, &mut self.s2));
+        norm.forward(stream, &self.s1, branch, value(self.norm2), y2, &mut self.rstd2)?;
+        let (id, linear) = &mut self.gate_up;
+        linear.forward(stream, y2, value(*id), &mut self.gu, draws, counting(pass, counters))?;
+        let h = self.h.as_mut().unwrap_or(h);
+        swiglu::forward(stream, &self.gu, h)?;
+        let (id, linear) = &mut self.down;
+        linear.forward(stream, h, value(*id), f, draws, counting(pass, counters))
+    }
+
+    /// From the gradient of the block's output in `shared.ds[0]` to that of its input, in the same place.
+    fn backward(
+        &mut self,
+        stream: &mut Stream<'_>,
+        params: &mut [Param],
+        shared: &mut Shared,
+        pass: Pass,
+        counters: &mut Ids,
+    ) -> Result<()> {
+        let Shared { norm, rope, attention, ds: [a, b], dy, dh, dgu, dqkv, dattended, .. } = shared;
+        let draws = pass.draws;
+        let (id, linear) = &mut self.down;
+        let Param { value, grad, .. } = &mut params[*id];
+        let h = self.h.as_ref();
+        linear.backward(stream, h, value, a, dh, grad, draws, counting(pass, counters))?;
+        swiglu::backward(stream, &self.gu, dh, dgu)?;
+        let (id, linear) = &mut self.gate_up;
+        let Param { value, grad, .. } = &mut params[*id];
+        let y2 = self.y2.as_ref();
+        linear.backward(stream, y2, value, dgu, dy, grad, draws, counting(pass, counters))?;
+        let Param { value, grad, .. } = &mut params[self.norm2];
+        norm.backward(stream, &self.s2, value, &self.rstd2, dy, Some(a), b, grad, false)?;
+        let (id, linear) = &mut self.out;
+        let Param { value, grad, .. } = &mut params[*id];
+        let x = Some(&self.attended);
+        linear.backward(stream, x, value, b, dattended, grad, draws, counting(pass, counters))?;
+        attention.backward(stream, &self.rotated, &self.attended, &self.lse, dattended, dqkv)?;
+        rope.record(stream, dqkv, Direction::Backward)?;
+        let (id, linear) = &mut self.qkv;
+        let Param { value, grad, .. } = &mut params[*id];
+        let y1 = self.y1.as_ref();
+        linear.backward(stream, y1, value, dqkv, dy, grad, draws, counting(pass, counters))?;
+        let Param { value, grad, .. } = &mut params[self.norm1];
+        norm.backward(stream, &self.s1, value, &self.rstd1, dy, Some(b), a, grad, false)
+    }
+}
+
+impl Head {
+    /// From the residual stream `s` and `shared.f` to the loss and, with its scale, its gradient in `shared.dlogits`.
+    #[allow(clippy::too_many_arguments)]
+    fn forward(
+        &mut self,
+        stream: &mut Stream<'_>,
+        params: &[Param],
+        head: Id,
+        shared: &mut Shared,
+        s: &Tensor,
+        pass: Pass,
+        counters: &mut Ids,
+        scale: Option<f32>,
+    ) -> Result<()> {
+        let Shared { norm, f, logits, dlogits, losses, reduce, .. } = shared;
+        let branch = Some((&*f, &mut self.s));
+        let gain = &params[self.norm].value;
+        norm.forward(stream, s, branch, gain, &mut self.y, &mut self.rstd)?;
+        let w = &params[head].value;
+        self.linear.forward(stream, &self.y, w, logits, pass.draws, counting(pass, counters))?;
+        let gradient = scale.map(|scale| (dlogits, scale));
+        cross_entropy(stream, logits, &self.targets, losses, gradient)?;
+        reduce.mean(stream, losses, Some(&self.targets), &mut self.loss)
+    }
+
+    /// From `shared.dlogits` to the gradient of the residual stream, in `shared.ds[0]`.
+    fn backward(
+        &mut self,
+        stream: &mut Stream<'_>,
+        params: &mut [Param],
+        head: Id,
+        shared: &mut Shared,
+        pass: Pass,
+        counters: &mut Ids,
+    ) -> Result<()> {
+        let Shared { norm, dlogits, dy, ds: [a, _], .. } = shared;
+        let Param { value, grad, .. } = &mut params[head];
+        let counters = counting(pass, counters);
+        self.linear.backward(
+            stream,
+            Some(&self.y),
+            value,
+            dlogits,
+            dy,
+            grad,
+            pass.draws,
+            counters,
+        )?;
+        let Param { value, grad, .. } = &mut params[self.norm];
+        norm.backward(stream, &self.s, value, &self.rstd, dy, None, a, grad, false)
+    }
+}
