@@ -26,6 +26,7 @@ const VALUES: &[(&str, Test)] = &[
     ("packed_outputs_are_quantized_dense_ones", packed_outputs),
     ("grouped_is_one_by_one", grouped),
     ("grouped_along_k_is_one_by_one", grouped_along_k),
+    ("few_outputs_of_a_long_k", slices_of_k),
     ("invalid_groups_on_the_device", invalid_groups),
     ("quantized_here_or_uploaded", quantized_here_or_uploaded),
 ];
@@ -869,6 +870,53 @@ fn one_expert_alone(ctx: &Context) -> Result<(), Failed> {
     };
     let size = m * n * 4;
     assert_bytes("an expert", &got[size..2 * size], &alone.run_dense(ctx, Tier::Exact)?);
+    Ok(())
+}
+
+/// Sums of slices, which large devices and the emulation have: lines that end within a chunk, and whole ones by vectors and
+/// columns; ragged outputs of all types, and what is done with the sum.
+fn slices_of_k(ctx: &Context, _: usize) -> Result<(), Failed> {
+    let across = |dtype: DType| Operand::from(dtype).transposed();
+    let more = |desc| MatmulDesc { alpha: 0.75, beta: 0.5, bias: true, ..desc };
+    let bf16 = |desc| MatmulDesc { out: DType::BF16.into(), ..desc };
+    let cases = [
+        (2, more(desc(MXFP4, MXFP4, [33, 36, 2176]))),
+        (3, desc(across(DType::BF16), across(DType::BF16), [24, 40, 3200])),
+        (2, bf16(more(desc(NVFP4, MXFP8_E4M3, [20, 33, 2100])))),
+        (2, desc(across(DType::F16), MXFP6_E2M3.with_block(Block::Square(16)), [20, 34, 2112])),
+        (1, desc(MXFP4, MXFP4, [20, 33, 2000])),
+    ];
+    let emulated = ctx.caps().software && tiers(ctx, &cases[0].1) == [Tier::Tensor];
+    for (i, (slices, desc)) in cases.into_iter().enumerate() {
+        let old = (desc.beta != 0.0).then(|| gaussian(5, desc.m * desc.n));
+        let mut problem = Problem { old, ..problem(95 + 2 * i as u64, &desc, Spread::Wild) };
+        for tier in [Tier::Tensor, Tier::Alu] {
+            let Ok(kernel) = Matmul::new(ctx, &MatmulDesc { tier, ..desc }) else { continue };
+            if emulated {
+                assert_eq!(kernel.slices(), slices, "{tier}, {i}");
+            }
+            problem.check_tier(ctx, tier)?;
+            let again = problem.run_dense(ctx, tier)?;
+            assert_bytes("again", &again, &problem.run_dense(ctx, tier)?);
+        }
+        let exact = MatmulDesc { tier: Tier::Exact, ..desc };
+        if let Ok(kernel) = Matmul::new(ctx, &exact) {
+            assert_eq!(kernel.slices(), 1);
+        }
+        // A scale that is NaN, in the last slice.
+        if let (Data::Mx(a), 0) = (&problem.a, i) {
+            let mut scales = a.scales().to_vec();
+            let blocks = a.layout().blocks();
+            scales[3 * blocks - 1] = 255;
+            let a = MxTensor::from_parts(*a.layout(), a.codes().to_vec(), scales, 1.0)?;
+            problem.a = Data::Mx(a);
+            for tier in [Tier::Tensor, Tier::Alu] {
+                if Matmul::new(ctx, &MatmulDesc { tier, ..desc }).is_ok() {
+                    problem.check_tier(ctx, tier)?;
+                }
+            }
+        }
+    }
     Ok(())
 }
 

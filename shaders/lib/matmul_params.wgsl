@@ -38,6 +38,7 @@ struct Params {
     key: vec4<u32>,
     counter: vec2<u32>,
     draws: u32,
+    slice: u32,             // k in slices: positions of each, a multiple of 128
 }
 
 // The tile of a workgroup; `rows` are left in it from its first row on.

@@ -22,7 +22,7 @@
 //! codes and fa, fb its scales relative to the anchors, `acc += f32(s) · (fa · fb)` in ascending order; the products are exact,
 //! and each sum is rounded to nearest. A block whose scale is below 2⁻¹⁰⁷ of its line's largest counts as zero.
 //! Shaders: `shaders/matmul.wgsl` (tiles), `shaders/matmul_skinny.wgsl` (few rows), `shaders/matmul_tensor.wgsl`,
-//! `shaders/anchors.wgsl`.
+//! `shaders/matmul_join.wgsl` (slices of k), `shaders/anchors.wgsl`.
 
 mod cpu;
 mod gpu;
@@ -71,15 +71,21 @@ pub struct Operand {
     pub transposed: bool,
 }
 
+impl From<Values> for Operand {
+    fn from(values: Values) -> Operand {
+        Operand { values, transposed: false }
+    }
+}
+
 impl From<MxSpec> for Operand {
     fn from(spec: MxSpec) -> Operand {
-        Operand { values: Values::Mx(spec), transposed: false }
+        Values::Mx(spec).into()
     }
 }
 
 impl From<DType> for Operand {
     fn from(dtype: DType) -> Operand {
-        Operand { values: Values::Dense(dtype), transposed: false }
+        Values::Dense(dtype).into()
     }
 }
 
@@ -318,6 +324,8 @@ pub struct Matmul {
     desc: MatmulDesc,
     tier: Tier,
     why: String,
+    /// Positions of k that are summed apart, if not all.
+    slice: Option<usize>,
 }
 
 impl Matmul {
@@ -325,7 +333,7 @@ impl Matmul {
     pub fn new(ctx: &Context, desc: &MatmulDesc) -> Result<Matmul> {
         desc.validate()?;
         let (tier, why) = tier::choose(ctx, desc)?;
-        Ok(Matmul { desc: *desc, tier, why })
+        Ok(Matmul { desc: *desc, tier, why, slice: tier::slice(ctx, desc, tier) })
     }
 
     /// The tier that was chosen; never [`Tier::Auto`].
@@ -336,6 +344,12 @@ impl Matmul {
     /// Why that one.
     pub fn why(&self) -> &str {
         &self.why
+    }
+
+    /// How many parts k is summed in, one after the other added in ascending order: more than one for few outputs of a long k,
+    /// which alone would leave a large GPU half empty. Their sums lie in a buffer that all products of a context share.
+    pub fn slices(&self) -> usize {
+        self.slice.map_or(1, |slice| self.desc.k.div_ceil(slice))
     }
 
     /// Records `y = alpha · A · Bᵀ + beta · y`.

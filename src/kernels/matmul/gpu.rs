@@ -3,6 +3,7 @@
 use super::tier::{self, Fragments, Load, Shape};
 use super::{Extras, Input, Matmul, MatmulDesc, Operand, Output, Target, Tier, Values};
 use crate::engine::buffer::{Chunk, DType, Rows, STATE_WORDS};
+use crate::engine::gpu::Gpu;
 use crate::engine::shader::{BF16_FRAGMENTS, Binding, Kernel, Source, shader};
 use crate::engine::{Engine, Stream};
 use crate::formats::{Block, Element, MxSpec, Rounding, ScaleFormat};
@@ -101,8 +102,15 @@ pub(super) fn record(
     }
     // The other kernels read a first block, which an empty contraction does not have.
     let tier = if k == 0 { Tier::Alu } else { matmul.tier };
-    let shape = tier::shape(gpu, desc, tier);
-    let variant = Variant::new(desc, tier, shape);
+    let sides = [side("A", a, desc.a.transposed)?, side("B", b, desc.b.transposed)?];
+    let bound_at_once = sides.iter().all(|side| side.pieces.len() <= 1)
+        && match &y {
+            Target::Dense(t) => t.data.chunks().count() <= 1,
+            Target::Mx(t) => t.codes.chunks().count() <= 1,
+        };
+    let slice = matmul.slice.filter(|_| bound_at_once);
+    let shape = tier::shape(gpu, desc, tier, slice.is_some());
+    let variant = Variant::new(desc, tier, shape, slice.is_some());
     let storage = variant.bindings().len() - 1;
     let limit = gpu.device.limits().max_storage_buffers_per_shader_stage as usize;
     if storage > limit {
@@ -112,7 +120,6 @@ pub(super) fn record(
             has: format!("the device has {limit}"),
         });
     }
-    let sides = [side("A", a, desc.a.transposed)?, side("B", b, desc.b.transposed)?];
     let mut ys: Vec<Piece<'_>> = Vec::new();
     let (y_pitch, y_cols, y_blocks) = match &y {
         Target::Dense(t) => {
@@ -148,7 +155,7 @@ pub(super) fn record(
     for data in extras.bias.map(|t| &t.data).into_iter().chain(extras.groups.map(|g| &g.data)) {
         more.extend(data.chunks().map(|chunk| chunk.buffer));
     }
-    let whole = sides.iter().all(|side| side.pieces.len() <= 1) && ys.len() <= 1;
+    let whole = bound_at_once;
     if !whole && desc.experts.is_some() {
         return Err(Error::TooLarge {
             what: format!(
@@ -157,6 +164,9 @@ pub(super) fn record(
             bytes: gpu.max_binding + 1,
             limit: gpu.max_binding,
         });
+    }
+    if let (Some(slice), [yp]) = (slice, &ys[..]) {
+        return record_sliced(matmul, stream, gpu, (slice, &variant), &sides, &yp.buffers, extras);
     }
     // All batches in one dispatch where everything can be bound at once, one at a time else.
     let (rounds, batches) = if whole { (1, y_stack) } else { (y_stack, 1) };
@@ -198,6 +208,7 @@ pub(super) fn record(
                         y_pitch,
                         y_cols,
                         y_blocks,
+                        slice: 0,
                     };
                     let (params, groups) = place.params(desc, tier, shape, &sides, extras);
                     let mut buffers = ap.buffers.clone();
@@ -221,6 +232,49 @@ pub(super) fn record(
     }
 }
 
+/// The same with k in slices: their sums, and then what adds them.
+fn record_sliced(
+    matmul: &Matmul,
+    stream: &mut Stream<'_>,
+    gpu: &Gpu,
+    (slice, product): (usize, &Variant),
+    sides: &[Side<'_>; 2],
+    y: &[&wgpu::Buffer],
+    extras: Extras<'_>,
+) -> Result<()> {
+    let desc = &matmul.desc;
+    let (slices, pitch) = (desc.k.div_ceil(slice), desc.n.next_multiple_of(4));
+    let sums = gpu.scratch((slices * desc.m * pitch * 4) as u64)?;
+    let place = Place {
+        m: desc.m,
+        n: desc.n,
+        batches: slices,
+        a: [0; 3],
+        b: [0; 3],
+        y_row: 0,
+        y_global: 0,
+        y_col: 0,
+        y_pitch: pitch,
+        y_cols: desc.n,
+        y_blocks: 0,
+        slice,
+    };
+    let inputs: Vec<_> = sides.iter().flat_map(|side| &side.pieces).map(|p| &p.buffers).collect();
+    let (params, groups) = place.params(desc, matmul.tier, product.shape, sides, extras);
+    let buffers: Vec<_> = inputs.iter().flat_map(|b| b.iter().copied()).chain([&sums]).collect();
+    stream.dispatch(&product.name(), || product.kernel(), &params, &buffers, groups)?;
+
+    let join = Variant::join(desc);
+    let place = Place { batches: 1, y_pitch: desc.n, ..place };
+    let (params, groups) = place.params(desc, matmul.tier, join.shape, sides, extras);
+    // Scales and states, without the codes.
+    let mut buffers = vec![&sums];
+    buffers.extend(inputs.iter().flat_map(|b| &b[1..]));
+    buffers.extend(y);
+    buffers.extend(extras.bias.iter().flat_map(|t| t.data.chunks()).map(|chunk| chunk.buffer));
+    stream.dispatch(&join.name(), || join.kernel(), &params, &buffers, groups)
+}
+
 /// Where a dispatch works.
 struct Place {
     m: usize,
@@ -235,6 +289,7 @@ struct Place {
     y_pitch: usize,
     y_cols: usize,
     y_blocks: usize,
+    slice: usize,
 }
 
 impl Place {
@@ -296,12 +351,15 @@ impl Place {
         params.extend([desc.alpha.to_bits(), desc.beta.to_bits(), desc.exponent(tier) as u32, 0]);
         params.extend([carry, tensor_scale, 0, 0]);
         params.extend(key);
-        params.extend([counter as u32, (counter >> 32) as u32, draws as u32, 0]);
+        params.extend([counter as u32, (counter >> 32) as u32, draws as u32, self.slice as u32]);
         (params, tiles_m as u64 * tiles_n as u64 * self.batches as u64)
     }
 }
 
 // ---- The shaders ---------------------------------------------------------------------------------------------------
+
+/// A quad for each of 256 invocations.
+const JOIN: Shape = Shape::Join { bm: 8, bn: 128 };
 
 /// Bands of this many tiles down are taken across before the next: neighbouring workgroups share operands in the cache.
 const RASTER: u32 = 8;
@@ -327,6 +385,8 @@ enum Grouped {
     No,
     Rows,
     K,
+    /// Not grouped: k in slices.
+    Slices,
 }
 
 /// What rows of a dense output are whole multiples of.
@@ -352,12 +412,26 @@ impl Ends {
 
 #[derive(Clone, Copy, Debug)]
 enum Out {
-    Dense { dtype: DType, ends: Ends },
-    Mx { spec: MxSpec, stochastic: bool },
+    Dense {
+        dtype: DType,
+        ends: Ends,
+    },
+    Mx {
+        spec: MxSpec,
+        stochastic: bool,
+    },
+    /// As they are summed, in quads: for [`Shape::Join`].
+    Sums,
 }
 
 impl Variant {
-    fn new(desc: &MatmulDesc, tier: Tier, shape: Shape) -> Variant {
+    /// What adds the slices of a product.
+    fn join(desc: &MatmulDesc) -> Variant {
+        let product = Variant::new(desc, Tier::Alu, JOIN, false);
+        Variant { load: [Load::Words; 2], ..product }
+    }
+
+    fn new(desc: &MatmulDesc, tier: Tier, shape: Shape, sliced: bool) -> Variant {
         let vectors = matches!(shape, Shape::Tensor { .. } | Shape::Skinny { halves: true, .. });
         let load = |operand: &Operand, outputs| match vectors {
             true => tier::load(operand, desc.k, outputs),
@@ -377,13 +451,15 @@ impl Variant {
             ],
             segments: if tier == Tier::Exact { tier::segments(desc) } else { 1 },
             out: match desc.out {
+                Output::Dense(_) if sliced => Out::Sums,
                 Output::Dense(dtype) => Out::Dense { dtype, ends: Ends::of(dtype, desc.n) },
                 Output::Mx(QuantizeDesc { spec, rounding, .. }) => {
                     Out::Mx { spec, stochastic: rounding != Rounding::NearestEven }
                 }
             },
-            bias: desc.bias,
+            bias: desc.bias && !sliced,
             grouped: match (desc.experts, desc.group_k) {
+                (None, _) if sliced => Grouped::Slices,
                 (None, _) => Grouped::No,
                 (Some(_), false) => Grouped::Rows,
                 (Some(_), true) => Grouped::K,
@@ -410,6 +486,7 @@ impl Variant {
             Shape::Skinny { m, rn, halves } => {
                 format!("skinny{m}x{rn}{}", if halves { ".halves" } else { "" })
             }
+            Shape::Join { bm, bn } => format!("join{bm}x{bn}"),
             Shape::Tensor { subgroups: [sm, sn], fragments: [fm, fn_], slices, side, by } => {
                 format!("{by:?}{side}.{sm}x{sn}x{slices}.{fm}x{fn_}").to_lowercase()
             }
@@ -419,6 +496,7 @@ impl Variant {
             Out::Mx { spec, stochastic } => {
                 format!("{}{}", format_name(spec), if stochastic { "-stochastic" } else { "" })
             }
+            Out::Sums => "sums".into(),
         };
         format!(
             "matmul.{}.{shape}.{}.{}.{out}{}{}",
@@ -430,6 +508,7 @@ impl Variant {
                 Grouped::No => "",
                 Grouped::Rows => ".grouped",
                 Grouped::K => ".grouped-k",
+                Grouped::Slices => ".sliced",
             }
         )
     }
@@ -437,9 +516,15 @@ impl Variant {
     /// The bindings after the parameters: names, types, and whether they are written.
     fn storage(&self) -> Vec<(String, &'static str, bool)> {
         let mut list = Vec::new();
+        let join = matches!(self.shape, Shape::Join { .. });
+        if join {
+            list.push(("sums".into(), "array<vec4<f32>>", false));
+        }
         for (name, operand, load) in [("a", self.a, self.load[0]), ("b", self.b, self.load[1])] {
-            let codes = if load == Load::Words { "array<u32>" } else { "array<vec4<u32>>" };
-            list.push((format!("{name}_codes"), codes, false));
+            if !join {
+                let codes = if load == Load::Words { "array<u32>" } else { "array<vec4<u32>>" };
+                list.push((format!("{name}_codes"), codes, false));
+            }
             if let Values::Mx(_) = operand.values {
                 list.push((format!("{name}_scales"), "array<u32>", false));
                 list.push((format!("{name}_state"), "array<u32>", false));
@@ -460,11 +545,12 @@ impl Variant {
                 list.push(("scales".into(), "array<atomic<u32>>", true));
                 list.push(("state".into(), "array<atomic<u32>>", true));
             }
+            Out::Sums => list.push(("y".into(), "array<vec4<f32>>", true)),
         }
         if self.bias {
             list.push(("bias".into(), "array<u32>", false));
         }
-        if self.grouped != Grouped::No {
+        if matches!(self.grouped, Grouped::Rows | Grouped::K) {
             list.push(("groups".into(), "array<atomic<u32>>", true));
         }
         list
@@ -495,13 +581,14 @@ impl Variant {
                 Out::Mx { spec, .. } if spec.block.lines() > 1 => 32,
                 _ => 16,
             },
-            Shape::Skinny { m, .. } => m,
+            Shape::Skinny { m, .. } | Shape::Join { bm: m, .. } => m,
             Shape::Tensor { subgroups, side, .. } => subgroups[0] * side,
         }
     }
 
     fn kernel(&self) -> Kernel {
         let tensor = matches!(self.shape, Shape::Tensor { .. });
+        let join = matches!(self.shape, Shape::Join { .. });
         let bf16 =
             [self.a, self.b].iter().all(|o| o.values == Values::Dense(DType::BF16)) && tensor;
         let mut source = Source::new();
@@ -544,6 +631,7 @@ impl Variant {
                 .constant("TN", tn)
                 .constant("UNITS", ((bm + bn) * self.stage() / 8).div_ceil(WORKGROUP))
                 .constant("STRIP_ROWS", self.strip_rows()),
+            Shape::Join { bm, bn } => source.constant("BM", bm).constant("BN", bn),
             Shape::Skinny { m, rn, .. } => source
                 .constant("M", m)
                 .constant("RN", rn)
@@ -576,6 +664,7 @@ impl Variant {
             .flag("GROUPED_K", self.grouped == Grouped::K);
         source = match self.out {
             Out::Dense { dtype, .. } => type_constants(source, "Y_TYPE", dtype),
+            Out::Sums => type_constants(source, "Y_TYPE", DType::F32),
             Out::Mx { spec, .. } => {
                 type_constants(source.append(format_constants(spec)), "X_TYPE", DType::F32)
             }
@@ -605,6 +694,7 @@ impl Variant {
                     (Ends::Words, _) => shader!("lib/y_plain.wgsl"),
                     (Ends::Halves, _) => shader!("lib/y_atomic.wgsl"),
                 }),
+            Out::Sums => source.fragment(shader!("lib/float.wgsl")),
             Out::Mx { spec, stochastic } => codec(source, spec)
                 .fragment(if stochastic {
                     shader!("lib/round_stochastic.wgsl")
@@ -629,6 +719,8 @@ impl Variant {
         for (name, operand, load) in [('a', self.a, self.load[0]), ('b', self.b, self.load[1])] {
             let words = load == Load::Words;
             let fragments: &[&str] = match (operand.values, tensor, self.tier) {
+                (Values::Dense(_), ..) if join => &[shader!("lib/operand_dense.wgsl")],
+                (Values::Mx(_), ..) if join => &[shader!("lib/operand.wgsl")],
                 (Values::Dense(_), true, _) if load == Load::Columns => {
                     &[shader!("lib/operand_dense.wgsl"), shader!("lib/loader_columns.wgsl")]
                 }
@@ -676,10 +768,11 @@ impl Variant {
                 Grouped::No => shader!("lib/ungrouped.wgsl"),
                 Grouped::Rows => shader!("lib/grouped.wgsl"),
                 Grouped::K => shader!("lib/grouped_k.wgsl"),
+                Grouped::Slices => shader!("lib/sliced_k.wgsl"),
             })
             .fragment(match self.grouped {
-                Grouped::K => "",
-                _ => shader!("lib/k_whole.wgsl"),
+                Grouped::No | Grouped::Rows => shader!("lib/k_whole.wgsl"),
+                Grouped::K | Grouped::Slices => "",
             })
             .fragment(if self.bias {
                 shader!("lib/bias.wgsl")
@@ -691,6 +784,7 @@ impl Variant {
                 Out::Dense { ends: Ends::Quads, .. } => shader!("lib/output_quads.wgsl"),
                 Out::Dense { .. } => shader!("lib/output_dense.wgsl"),
                 Out::Mx { .. } => shader!("lib/output_mx.wgsl"),
+                Out::Sums => shader!("lib/output_sums.wgsl"),
             });
         source = match (self.shape, self.tier) {
             (Shape::Tile { .. }, Tier::Exact) => {
@@ -699,6 +793,7 @@ impl Variant {
             (Shape::Tile { .. }, _) => {
                 source.fragment(shader!("lib/dots_alu.wgsl")).fragment(shader!("matmul.wgsl"))
             }
+            (Shape::Join { .. }, _) => source.fragment(shader!("matmul_join.wgsl")),
             (Shape::Skinny { halves, .. }, Tier::Exact) => source
                 .fragment(if halves {
                     shader!("lib/terms_halves.wgsl")
@@ -820,8 +915,8 @@ pub fn kernels() -> Vec<Kernel> {
         let plain = |a: Values, b: Values| Variant {
             tier,
             shape,
-            a: Operand { values: a, transposed: false },
-            b: Operand { values: b, transposed: false },
+            a: a.into(),
+            b: b.into(),
             load: [a, b].map(reads),
             whole: [false; 2],
             segments: match (
@@ -873,15 +968,22 @@ pub fn kernels() -> Vec<Kernel> {
             for variant in [bf16, mixed, columns, words] {
                 variants.push(variant);
                 variants.push(Variant { grouped: Grouped::K, ..variant });
+                let (out, grouped) = (Out::Sums, Grouped::Slices);
+                variants.push(Variant { out, grouped, ..variant });
             }
         }
         for (bias, grouped) in [(true, Grouped::No), (false, Grouped::Rows), (true, Grouped::Rows)]
         {
             variants.push(Variant { bias, grouped, ..plain(mxfp4, mxfp4) });
         }
-        // The kernels for few rows do not take groups of k.
+        // The kernels for few rows take neither groups nor slices of k.
         if !matches!(shape, Shape::Skinny { .. }) {
             for x in values.iter().copied().filter(|v| takes(*v)) {
+                if tier != Tier::Exact {
+                    let sums = Variant { out: Out::Sums, grouped: Grouped::Slices, ..plain(x, x) };
+                    variants.push(sums);
+                    variants.push(Variant { load: [Load::Words; 2], ..sums });
+                }
                 let mut variant = Variant { grouped: Grouped::K, ..plain(x, x) };
                 variants.push(variant);
                 variants.push(Variant { load: [Load::Words; 2], ..variant });
@@ -915,6 +1017,17 @@ pub fn kernels() -> Vec<Kernel> {
                     let out = Out::Mx { spec, stochastic };
                     variants.push(Variant { out, shape, ..plain(mxfp4, mxfp4) });
                 }
+            }
+        }
+    }
+    for [a, b] in values.iter().flat_map(|v| [[*v, *v], [values[0], *v], [*v, values[0]]]) {
+        for (dtype, n) in
+            DType::ALL.into_iter().flat_map(|dtype| [(dtype, 4), (dtype, 2), (dtype, 1)])
+        {
+            for bias in [false, true] {
+                let (a, b) = (a.into(), b.into());
+                let desc = MatmulDesc { n, a, b, out: dtype.into(), bias, ..Default::default() };
+                variants.push(Variant::join(&desc));
             }
         }
     }
