@@ -353,7 +353,7 @@ impl Context {
                 Target::Own(Box::new(encoder))
             }
         };
-        Stream { ctx: self.clone(), target, params: Vec::new() }
+        Stream { ctx: self.clone(), target, params: Vec::new(), profile: None }
     }
 
     /// Records into the caller's encoder, of this context's device. What was recorded is complete when the stream is
@@ -369,6 +369,7 @@ impl Context {
                 ctx: self.clone(),
                 target: Target::Caller(encoder),
                 params: Vec::new(),
+                profile: None,
             }),
         }
     }
@@ -451,6 +452,15 @@ pub struct Stream<'a> {
     target: Target<'a>,
     /// Uniform buffers being filled, mapped until the recording ends.
     params: Vec<ParamArena>,
+    /// Timestamps around every dispatch.
+    profile: Option<Profile>,
+}
+
+/// Two timestamps a dispatch, and the kernels' names; dispatches beyond the set's size are not timed.
+#[derive(Debug)]
+pub(crate) struct Profile {
+    pub(crate) queries: wgpu::QuerySet,
+    pub(crate) names: Vec<String>,
 }
 
 #[derive(Debug)]
@@ -472,6 +482,15 @@ const ARENA_BYTES: usize = 1 << 16;
 impl Stream<'_> {
     pub(crate) fn context(&self) -> &Context {
         &self.ctx
+    }
+
+    /// Times the dispatches from here on.
+    pub(crate) fn start_profile(&mut self, queries: wgpu::QuerySet) {
+        self.profile = Some(Profile { queries, names: Vec::new() });
+    }
+
+    pub(crate) fn take_profile(&mut self) -> Option<Profile> {
+        self.profile.take()
     }
 
     /// The GPU that this stream records for, if any.
@@ -559,10 +578,27 @@ impl Stream<'_> {
                 entries: &entries,
             })
         })?;
-        let Some(encoder) = self.encoder() else { return Ok(()) };
+        let encoder = match &mut self.target {
+            Target::Cpu => return Ok(()),
+            Target::Own(encoder) => &mut **encoder,
+            Target::Caller(encoder) => encoder,
+        };
+        let room = wgpu::QUERY_SET_MAX_QUERIES as usize / 2;
+        let timestamp_writes = match &mut self.profile {
+            Some(profile) if profile.names.len() < room => {
+                let first = 2 * profile.names.len() as u32;
+                profile.names.push(name.into());
+                Some(wgpu::ComputePassTimestampWrites {
+                    query_set: &profile.queries,
+                    beginning_of_pass_write_index: Some(first),
+                    end_of_pass_write_index: Some(first + 1),
+                })
+            }
+            _ => None,
+        };
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
             label: Some(name),
-            timestamp_writes: None,
+            timestamp_writes,
         });
         pass.set_pipeline(&pipeline.pipeline);
         pass.set_bind_group(0, &bind_group, &[]);

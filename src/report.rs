@@ -96,6 +96,56 @@ pub async fn time(
     }
 }
 
+/// Records what `record` does, submits it, waits, and returns each kernel's name, how often it ran, and its time, the longest
+/// first. On a GPU with timestamps; 2048 dispatches at most are timed.
+pub async fn profile(
+    ctx: &Context,
+    record: impl FnOnce(&mut Stream<'_>) -> Result<()>,
+) -> Result<Vec<(String, u64, Duration)>> {
+    let device = match ctx.wgpu() {
+        Some((device, _)) if device.features().contains(wgpu::Features::TIMESTAMP_QUERY) => device,
+        _ => {
+            return Err(Error::Unsupported {
+                operation: "a profile".into(),
+                needs: "a GPU with timestamps".into(),
+                has: format!("{} has none", ctx.caps().name),
+            });
+        }
+    };
+    let count = wgpu::QUERY_SET_MAX_QUERIES;
+    let mut stream = ctx.stream();
+    stream.start_profile(device.create_query_set(&wgpu::QuerySetDescriptor {
+        label: Some("mx.profile"),
+        ty: wgpu::QueryType::Timestamp,
+        count,
+    }));
+    record(&mut stream)?;
+    let Some(profile) = stream.take_profile() else { return Ok(Vec::new()) };
+    let ends = 2 * profile.names.len() as u32;
+    let buffer = device.create_buffer(&wgpu::BufferDescriptor {
+        label: Some("mx.profile"),
+        size: u64::from(count) * 8,
+        usage: wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC,
+        mapped_at_creation: false,
+    });
+    if let Some(encoder) = stream.wgpu_encoder() {
+        encoder.resolve_query_set(&profile.queries, 0..ends, &buffer, 0);
+    }
+    ctx.submit(stream)?;
+    let bytes = ctx.read_buffer(&buffer, u64::from(ends) * 8).await?;
+    let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&bytes);
+    let period = ctx.wgpu().map_or(1.0, |(_, queue)| f64::from(queue.get_timestamp_period()));
+    let mut sums: std::collections::HashMap<String, (u64, Duration)> = Default::default();
+    for (name, ends) in profile.names.into_iter().zip(ticks.chunks_exact(2)) {
+        let (times, sum) = sums.entry(name).or_default();
+        *times += 1;
+        *sum += Duration::from_secs_f64(ends[1].saturating_sub(ends[0]) as f64 * period * 1e-9);
+    }
+    let mut list: Vec<_> = sums.into_iter().map(|(name, (n, sum))| (name, n, sum)).collect();
+    list.sort_by(|a, b| b.2.cmp(&a.2).then_with(|| a.0.cmp(&b.0)));
+    Ok(list)
+}
+
 /// The middle of a sample; the mean of the two middle ones of an even number. NaN for none.
 pub fn median(samples: &[f64]) -> f64 {
     let mut sorted = samples.to_vec();

@@ -573,20 +573,30 @@ fn nan_scales(ctx: &Context, _: usize) -> Result<(), Failed> {
             }
         }
     }
-    // A NaN code in E4M3, in a block that counts and in one that is too small to.
-    let plain = problem(6, &desc(MXFP8_E4M3, MXFP4, [m, n, k]), Spread::Near);
-    let Data::Mx(a) = with_scale(&plain.a, 9, 1, 0) else { unreachable!() };
-    let (mut codes, scales, _) = a.clone().into_parts();
-    for (row, at, code) in [(3, 70, 0x7f), (9, 40, 0xff)] {
-        codes[row * a.layout().line_bytes() + at] = code;
-    }
-    let problem =
-        Problem { a: Data::Mx(MxTensor::from_parts(*a.layout(), codes, scales, 1.0)?), ..plain };
-    for tier in tiers(ctx, &problem.desc) {
-        problem.check_tier(ctx, tier)?;
-        let got = to_f32(DType::F32, &problem.run_dense(ctx, tier)?);
-        for (at, v) in got.iter().enumerate() {
-            assert_eq!(v.is_nan(), [3, 9].contains(&(at / n)), "{tier} ({}, {})", at / n, at % n);
+    // A NaN code in E4M3, in a block that counts and in one that is too small to; read word by word and 16 bytes at a time.
+    for k in [100, 128] {
+        let plain = problem(6, &desc(MXFP8_E4M3, MXFP4, [m, n, k]), Spread::Near);
+        let Data::Mx(a) = with_scale(&plain.a, 9, 1, 0) else { unreachable!() };
+        let (mut codes, scales, _) = a.clone().into_parts();
+        for (row, at, code) in [(3, 70, 0x7f), (9, 40, 0xff)] {
+            codes[row * a.layout().line_bytes() + at] = code;
+        }
+        let problem = Problem {
+            a: Data::Mx(MxTensor::from_parts(*a.layout(), codes, scales, 1.0)?),
+            ..plain
+        };
+        for tier in tiers(ctx, &problem.desc) {
+            problem.check_tier(ctx, tier)?;
+            let got = to_f32(DType::F32, &problem.run_dense(ctx, tier)?);
+            for (at, v) in got.iter().enumerate() {
+                assert_eq!(
+                    v.is_nan(),
+                    [3, 9].contains(&(at / n)),
+                    "{tier} ({}, {})",
+                    at / n,
+                    at % n
+                );
+            }
         }
     }
     Ok(())
@@ -632,6 +642,20 @@ fn kinds_of_operands(ctx: &Context, step: usize) -> Result<(), Failed> {
                 problems.push(problem((50 + 10 * i + j) as u64, &desc(a, b, shape), Spread::Near));
             }
         }
+    }
+    // FP8 in lines of whole 128, loaded 16 bytes at a time.
+    for (i, (a, b)) in [
+        (MXFP8_E4M3, MXFP8_E4M3),
+        (MXFP8_E5M2, MXFP8_E4M3.with_block(Block::Vector(64))),
+        (MXFP8_E4M3, MXFP4),
+        (MXFP4.with_block(Block::Square(32)), MXFP8_E5M2),
+        (MXFP8_E4M3, MXFP6_E2M3),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let shape = [70 + 58 * (i % 2), 41, 256];
+        problems.push(problem(70 + i as u64, &desc(a, b, shape), Spread::Wild));
     }
     // Several in one, and one that is not whole tiles; squares along k of whole blocks.
     for (a, b, shape) in [

@@ -1,4 +1,7 @@
-//! A stand-in: renders a report from made-up metrics.
+//! Trains a small language model in several recipes, on the same bytes in the same order, and reports the difference.
+//!
+//! Without options: a tiny model, arms bf16, mxfp4 and naive, on the sources that Cargo has fetched. What a run needs to go
+//! on is in DIR/ARM-SEED; `--resume` goes on, and ends with the same bits as a run that was not stopped.
 
 mod interrupt;
 mod metrics;
@@ -7,13 +10,111 @@ mod output;
 mod progress;
 mod report;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use clap::Parser;
+use microscaling::train::checkpoint::Checkpoint;
 use microscaling::train::data::{Batches, BatchesDesc, Corpus, Limits, cargo_sources};
+use microscaling::train::model::ModelDesc;
+use microscaling::train::recipe::Recipe;
+use microscaling::train::trainer::{RunDesc, Trainer};
+use microscaling::{Context, DeviceChoice, Options, report as report_time};
+
+use metrics::{Metrics, Record};
+use progress::Progress;
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
+
+/// Train a small language model in FP4 and in 16 bits, side by side.
+///
+/// Losses are in nats a byte. The report is DIR/report.html, the numbers are DIR/metrics.jsonl.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// Files or directories of text; by default the sources that Cargo has fetched
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    data: Vec<PathBuf>,
+    /// Take at most so many megabytes of it
+    #[arg(long, value_name = "MB", default_value_t = 512)]
+    data_limit: usize,
+    /// The recipes to compare, of bf16, f32, mxfp4, mxfp4-backward, mixed, nvfp4, mxfp8, naive; the first is the baseline
+    #[arg(long, value_delimiter = ',', default_value = "bf16,mxfp4,naive")]
+    arms: Vec<String>,
+    /// Recipes from files, each an arm more
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    recipe: Vec<PathBuf>,
+    /// Print a preset as a file for --recipe, and leave
+    #[arg(long, value_name = "NAME")]
+    show_recipe: Option<String>,
+    /// tiny (0.5M parameters), small (3.5M), 10m, 30m
+    #[arg(long, default_value = "tiny")]
+    model: String,
+    /// Predict so many tokens beyond the next one, by a block and a head each
+    #[arg(long, default_value_t = 0)]
+    mtp: usize,
+    /// Sequences a step
+    #[arg(long)]
+    batch: Option<usize>,
+    /// Tokens a sequence
+    #[arg(long)]
+    seq: Option<usize>,
+    /// By default 300 for tiny, else 25 tokens a parameter
+    #[arg(long)]
+    steps: Option<u64>,
+    /// The peak of the learning rate, for all arms; by default each recipe's
+    #[arg(long)]
+    lr: Option<f32>,
+    /// Train every arm with so many seeds, from 0 on
+    #[arg(long, default_value_t = 1)]
+    seeds: u64,
+    /// auto, cpu, gpu, or a part of an adapter's name
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Where checkpoints, numbers and report go
+    #[arg(long, value_name = "DIR", default_value = "runs/train")]
+    out: PathBuf,
+    /// Go on from the checkpoints in DIR
+    #[arg(long)]
+    resume: bool,
+    /// Save and leave after so many seconds; --resume goes on
+    #[arg(long, value_name = "SECONDS")]
+    max_seconds: Option<u64>,
+    /// Say where the time of a step goes, kernel by kernel, after a few steps of the first arm, and leave
+    #[arg(long)]
+    profile: bool,
+    /// Batches of held-out text to measure on, at most
+    #[arg(long, default_value_t = 16)]
+    held_out: usize,
+}
+
+/// What all runs share.
+struct Setting {
+    ctx: Context,
+    out: PathBuf,
+    held_out: usize,
+    resume: bool,
+    until: Option<Instant>,
+    interrupt: interrupt::Interrupt,
+    header: report::Header,
+}
+
+/// Why a run ended.
+#[derive(PartialEq)]
+enum End {
+    Done,
+    Stopped,
+}
+
+/// At least so long between two checkpoints.
+const SAVE_EVERY: Duration = Duration::from_secs(60);
+/// Held-out losses of a run.
+const EVALUATIONS: u64 = 10;
+/// Lines of numbers of a run.
+const LINES: u64 = 200;
+const PROMPT: &[u8] = b"\nfn main() {\n";
+const WRITTEN: usize = 160;
 
 fn main() {
     if let Err(error) = run() {
@@ -23,116 +124,367 @@ fn main() {
 }
 
 fn run() -> Result<()> {
-    let dir = std::env::args().nth(1).unwrap_or("/tmp/w/report".into());
-    let slow = std::env::args().nth(2).is_some();
-    let dir = Path::new(&dir);
-    std::fs::create_dir_all(dir)?;
-    let start = Instant::now();
-    let limits = Limits { bytes: 64 << 20, ..Default::default() };
-    let corpus = Arc::new(Corpus::from_paths(&cargo_sources()?, &limits)?);
-    println!("{corpus}, fingerprint {:016x}, {:?}", corpus.fingerprint(), start.elapsed());
-    let batches = Batches::new(corpus.clone(), &BatchesDesc::default())?;
-    let start = Instant::now();
-    let words: usize = (0..100).map(|step| batches.batch(step).len()).sum();
-    println!(
-        "{} unique bytes, {} held-out batches, unigram {:.4}, epoch(1000) = {:.3}, {:?} for {words} tokens",
-        batches.unique_bytes(),
-        batches.held_out_batches(),
-        batches.unigram_entropy(),
-        batches.epoch(1000),
-        start.elapsed()
-    );
-    let interrupt = interrupt::Interrupt::listen()?;
-    let path = dir.join("metrics.jsonl");
-    let mut metrics = metrics::Metrics::open(&path, |_, _| None)?;
-    let progress = progress::Progress::new(2000);
-    let arms = [
-        ("mxfp4", 0.008, 71e3),
-        ("mxfp4-naive", 0.031, 84e3),
-        ("bf16", 0.0, 102e3),
-        ("mixed <b>", 0.003, 88e3),
+    env_logger::init();
+    let args = Args::parse();
+    if let Some(name) = &args.show_recipe {
+        print!("{}", Recipe::preset(name)?.to_toml()?);
+        return Ok(());
+    }
+    let mut recipes: Vec<Recipe> =
+        args.arms.iter().map(|name| Recipe::preset(name)).collect::<Result<_, _>>()?;
+    for path in &args.recipe {
+        recipes.push(Recipe::load(path)?);
+    }
+    for recipe in &mut recipes {
+        recipe.optimizer.lr = args.lr.unwrap_or(recipe.optimizer.lr);
+    }
+    if let Some(twice) =
+        (1..recipes.len()).find(|i| recipes[..*i].iter().any(|r| r.name == recipes[*i].name))
+    {
+        return Err(format!(
+            "two arms are called {:?}; give one another name",
+            recipes[twice].name
+        )
+        .into());
+    }
+    let Some(mut model) = ModelDesc::preset(&args.model) else {
+        return Err(format!("no model {:?}; there are tiny, small, 10m, 30m", args.model).into());
+    };
+    model.mtp = args.mtp;
+    model.batch = args.batch.unwrap_or(model.batch);
+    model.seq = args.seq.unwrap_or(model.seq);
+    model.validate()?;
+    let steps = args.steps.unwrap_or_else(|| match args.model.as_str() {
+        "tiny" => 300,
+        _ => (25 * model.parameters()).div_ceil(model.tokens()) as u64,
+    });
+
+    let limits = Limits { bytes: args.data_limit << 20, ..Default::default() };
+    let paths = if args.data.is_empty() { cargo_sources()? } else { args.data.clone() };
+    let corpus = Arc::new(Corpus::from_paths(&paths, &limits)?);
+    let device: DeviceChoice = args.device.parse()?;
+    let ctx = Context::open_blocking(&Options { device, ..Default::default() })?;
+    let batches = |seed| {
+        let desc = BatchesDesc {
+            seed,
+            batch: model.batch,
+            seq: model.seq,
+            extra: model.mtp,
+            ..Default::default()
+        };
+        Batches::new(corpus.clone(), &desc)
+    };
+    let first = batches(0)?;
+    let unigram = first.unigram_entropy();
+    let facts = [
+        ("device", ctx.caps().name.clone()),
+        (
+            "model",
+            format!(
+                "{}: {} parameters, {} blocks of {} columns, {} heads, {} in the feed-forward part{}",
+                args.model,
+                model.parameters(),
+                model.layers,
+                model.dim,
+                model.heads,
+                model.ffn,
+                if model.mtp > 0 {
+                    format!(", {} more tokens predicted", model.mtp)
+                } else {
+                    String::new()
+                }
+            ),
+        ),
+        (
+            "text",
+            format!(
+                "{corpus}; {} bytes to train on, {:.2} times",
+                first.unique_bytes(),
+                first.epoch(steps)
+            ),
+        ),
+        ("batch", format!("{} sequences of {} bytes, {steps} steps", model.batch, model.seq)),
+        (
+            "unigram entropy",
+            format!("{unigram:.4} nats a byte: what the frequencies of bytes alone give"),
+        ),
+        ("command", std::env::args().skip(1).fold("train".into(), |all, arg| all + " " + &arg)),
     ];
-    'all: for (k, (arm, gap, rate)) in arms.into_iter().enumerate() {
-        for seed in 0..3u64 {
-            let mut run = progress.add(&format!("{arm} {seed}"), 14, 0)?;
-            for step in 1..=2000u64 {
-                let noise = |salt: u64| {
-                    let words = microscaling::rng::threefry4x32::<13>(
-                        [step as u32, k as u32, seed as u32, salt as u32],
-                        [7; 4],
-                    );
-                    words.iter().map(|w| *w as f64 / 4294967296.0 - 0.5).sum::<f64>()
-                };
-                let x = step as f64 / 2000.0;
-                let loss = (1.15 + 4.4 * (-60.0 * x).exp() + 0.9 * (-4.0 * x).exp())
-                    * (1.0 + gap * (0.4 + x) + 0.0006 * seed as f64);
-                let mut record = metrics::Record {
-                    arm: arm.into(),
-                    seed,
-                    step,
-                    tokens: step * 16384,
-                    loss: Some(loss + 0.05 * noise(0)),
-                    lr: Some(
-                        6e-4 * (step as f64 / 100.0).min(1.0) * (0.55 + 0.45 * (3.14159 * x).cos()),
-                    ),
-                    grad_norm: Some(0.4 + 2.0 / (1.0 + 30.0 * x) + 0.1 * noise(1)),
-                    tokens_per_second: Some(rate * (1.0 + 0.02 * noise(2))),
-                    peak_memory: Some(1.87e9 + 1e8 * k as f64),
-                    ..Default::default()
-                };
-                if arm != "bf16" {
-                    record.counters = [
-                        (
-                            "clipped".to_string(),
-                            0.002 * (1.0 + 0.2 * noise(3)) * (1.0 + gap * 20.0),
-                        ),
-                        ("underflowed".to_string(), 0.11 + 0.03 * x + 0.004 * noise(4)),
-                        ("non-finite".to_string(), 0.0),
-                        ("loss scale".to_string(), 65536.0 / if x > 0.5 { 2.0 } else { 1.0 }),
-                    ]
-                    .into();
-                }
-                if step % 100 == 0 {
-                    record.heldout = Some(loss * 1.01 + 0.002 * noise(5));
-                    run.held_out(loss);
-                }
-                if step == 2000 {
-                    record.text = Some(
-                        format!(
-                            "fn main() {{\n    let x: Vec<u8> = \"<{arm}>\";\n\0// the & end\n}}\n"
-                        )
-                        .repeat(3),
-                    );
-                }
-                if arm == "mxfp4-naive" && seed == 2 && step > 1500 {
-                    record.loss = Some(f64::NAN);
-                    record.heldout = record.heldout.map(|_| f64::NAN);
-                }
-                run.update(step, loss, rate, Duration::from_millis(3));
-                if slow {
-                    std::thread::sleep(Duration::from_millis(3));
-                }
-                metrics.write(record)?;
-                if interrupt.requested() {
-                    run.finish("interrupted");
-                    break 'all;
-                }
-            }
-            run.finish("done");
-            progress.say(&format!("{arm} {seed}: saved"));
-        }
+    for (name, value) in &facts {
+        println!("{name:16} {value}");
+    }
+    if first.epoch(steps) > 1.0 {
+        println!(
+            "note: the text is seen more than once; losses on it are then lower than on new text"
+        );
     }
     let header = report::Header {
-        title: "microscaling: training in FP4".into(),
-        facts: [
-            ("device", "NVIDIA H100 80GB HBM3 (Vulkan; NVIDIA 570.86.15)"),
-            ("model", "30m: 8 layers, 512 wide, 8 heads, 25.2 M parameters"),
-            ("data", &corpus.to_string()),
-            ("command", "cargo run --release --example train -- --arms bf16,mxfp4,mxfp4-naive,mixed --model 30m --steps 2000 --seeds 3"),
-        ].map(|(a, b)| (a.to_string(), b.to_string())).into(),
-        baseline: "bf16".into(),
+        title: format!("Training in {} recipes", recipes.len()),
+        facts: facts.into_iter().map(|(name, value)| (name.into(), value)).collect(),
+        baseline: recipes[0].name.clone(),
     };
-    report::write(&dir.join("report.html"), &header, metrics.records())?;
-    print!("{}", report::table(metrics.records(), "bf16"));
+    std::fs::create_dir_all(&args.out)
+        .map_err(|error| format!("{}: {error}", args.out.display()))?;
+    let setting = Setting {
+        ctx,
+        out: args.out.clone(),
+        held_out: args.held_out,
+        resume: args.resume,
+        until: args.max_seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds)),
+        interrupt: interrupt::Interrupt::listen()?,
+        header,
+    };
+
+    if args.profile {
+        for recipe in &recipes {
+            profile(&setting.ctx, &model, recipe, steps, &first)?;
+        }
+        return Ok(());
+    }
+    let directory = |name: &str, seed: u64| args.out.join(format!("{name}-{seed}"));
+    let found = |name: &str, seed: u64| -> Result<Option<Checkpoint>> {
+        if !args.resume {
+            return Ok(None);
+        }
+        let found = Checkpoint::load_latest(&directory(name, seed))?;
+        if let Some(passed) = found.as_ref().and_then(|f| f.passed_over.as_ref()) {
+            eprintln!("note: {passed}; going on from the checkpoint before");
+        }
+        Ok(found.map(|found| found.checkpoint))
+    };
+    let mut at = std::collections::HashMap::new();
+    for recipe in &recipes {
+        for seed in 0..args.seeds {
+            if let Some(checkpoint) = found(&recipe.name, seed)? {
+                at.insert((recipe.name.clone(), seed), checkpoint.value::<u64>("step")?);
+            }
+        }
+    }
+    let last = |arm: &str, seed: u64| at.get(&(arm.to_string(), seed)).copied();
+    let mut metrics = Metrics::open(&args.out.join("metrics.jsonl"), last)?;
+    let progress = Progress::new(steps);
+    let width = recipes.iter().map(|r| r.name.len()).max().unwrap_or(0) + 2;
+    let mut stopped = false;
+    // Seeds in the outer loop: what is stopped early has all arms of the first ones.
+    'runs: for seed in 0..args.seeds {
+        let batches = batches(seed)?;
+        for recipe in &recipes {
+            let run = RunDesc {
+                model: model.clone(),
+                recipe: recipe.clone(),
+                seed,
+                steps,
+                data: format!("{:016x} of {} bytes", corpus.fingerprint(), corpus.bytes().len()),
+            };
+            let checkpoint = found(&recipe.name, seed)?;
+            let directory = directory(&recipe.name, seed);
+            let end = train(
+                &setting,
+                &run,
+                &batches,
+                checkpoint,
+                &directory,
+                &mut metrics,
+                &progress,
+                width,
+            )?;
+            report::write(&args.out.join("report.html"), &setting.header, metrics.records())?;
+            if end == End::Stopped {
+                stopped = true;
+                break 'runs;
+            }
+        }
+    }
+    println!("\n{}", report::table(metrics.records(), &setting.header.baseline));
+    println!("report: {}", args.out.join("report.html").display());
+    if stopped {
+        println!("stopped; --resume with the same options goes on");
+    }
     Ok(())
+}
+
+/// Prints where the time of a step goes.
+fn profile(
+    ctx: &Context,
+    model: &ModelDesc,
+    recipe: &Recipe,
+    steps: u64,
+    batches: &Batches,
+) -> Result<()> {
+    let run = RunDesc {
+        model: model.clone(),
+        recipe: recipe.clone(),
+        seed: 0,
+        steps,
+        data: String::new(),
+    };
+    let mut trainer = Trainer::new(ctx, &run)?;
+    // Pipelines, then the clock of a device that was idle.
+    for step in 0..20 {
+        trainer.train(&batches.batch(step), false)?;
+    }
+    ctx.wait_blocking()?;
+    let start = Instant::now();
+    for step in 20..30 {
+        trainer.train(&batches.batch(step), false)?;
+    }
+    ctx.wait_blocking()?;
+    let whole = start.elapsed().as_secs_f64() / 10.0;
+    let tokens = batches.batch(30);
+    let kernels = pollster::block_on(report_time::profile(ctx, |stream| {
+        trainer.record(stream, &tokens, false)
+    }))?;
+    let sum: f64 = kernels.iter().map(|(_, _, time)| time.as_secs_f64()).sum();
+    println!(
+        "\n{}: a step takes {:.2} ms, {:.0} tokens/s; its kernels {:.2} ms",
+        recipe.name,
+        whole * 1e3,
+        model.tokens() as f64 / whole,
+        sum * 1e3
+    );
+    for (name, times, time) in kernels.iter().take(40) {
+        let time = time.as_secs_f64();
+        println!("{:8.3} ms {:5.1} % {times:5} × {name}", time * 1e3, 100.0 * time / sum);
+    }
+    Ok(())
+}
+
+/// Trains one arm with one seed, to the end or until it is stopped.
+#[allow(clippy::too_many_arguments)]
+fn train(
+    setting: &Setting,
+    desc: &RunDesc,
+    batches: &Batches,
+    checkpoint: Option<Checkpoint>,
+    directory: &Path,
+    metrics: &mut Metrics,
+    progress: &Progress,
+    width: usize,
+) -> Result<End> {
+    let Setting { ctx, interrupt, .. } = setting;
+    let name = format!("{} {}", desc.recipe.name, desc.seed);
+    let steps = desc.steps;
+    if !setting.resume && directory.exists() {
+        // A run that begins anew has nothing to do with what lies there.
+        std::fs::remove_dir_all(directory)
+            .map_err(|error| format!("{}: {error}", directory.display()))?;
+    }
+    let mut trainer = Trainer::new(ctx, desc)?;
+    if let Some(checkpoint) = checkpoint {
+        trainer.restore(checkpoint).map_err(|error| format!("{}: {error}", directory.display()))?;
+    }
+    let mut bar = progress.add(&name, width, trainer.step())?;
+    let tokens = desc.model.tokens() as u64;
+    let evaluations = setting.held_out.min(batches.held_out_batches());
+    let every = steps.div_ceil(LINES).max(1);
+    let evaluate_every = steps.div_ceil(EVALUATIONS).max(1);
+    let mut saved = Instant::now();
+    let mut since = Instant::now();
+    let mut from = trainer.step();
+    let save = |trainer: &Trainer| -> Result<()> {
+        let checkpoint = pollster::block_on(trainer.checkpoint())?;
+        Ok(checkpoint.save_latest(directory)?)
+    };
+    while trainer.step() < steps {
+        let step = trainer.step();
+        let due = (step + 1) % every == 0 || step + 1 == steps;
+        let lr = trainer.learning_rate(step);
+        trainer.train(&batches.batch(step), due)?;
+        let step = trainer.step();
+        let expired = setting.until.is_some_and(|until| Instant::now() > until);
+        let stop = interrupt.requested() || expired;
+        let evaluate = step % evaluate_every == 0 || step == steps;
+        if due || evaluate || stop {
+            let status = pollster::block_on(trainer.status(step - from))?;
+            let took = since.elapsed();
+            let rate = (step - from) as f64 * tokens as f64 / took.as_secs_f64();
+            bar.update(step, status.loss, rate, took);
+            let mut record = Record {
+                arm: desc.recipe.name.clone(),
+                seed: desc.seed,
+                step,
+                tokens: step * tokens,
+                loss: Some(status.loss),
+                lr: Some(lr.into()),
+                grad_norm: Some(status.norm),
+                tokens_per_second: Some(rate),
+                peak_memory: memory(ctx),
+                ..Default::default()
+            };
+            if due {
+                let [x, dy] = pollster::block_on(trainer.shares())?;
+                for (what, shares) in [("activations", x), ("gradients", dy)] {
+                    for (kind, share) in [
+                        ("clipped", shares.clipped),
+                        ("underflowed", shares.underflowed),
+                        ("non-finite blocks", shares.nonfinite),
+                    ] {
+                        record.counters.insert(format!("{what} {kind}"), share);
+                    }
+                }
+                record.counters.insert("log2 of the loss scale".into(), status.exponent.into());
+            }
+            if evaluate {
+                let held_out = (0..evaluations).map(|i| batches.held_out(i));
+                let loss = pollster::block_on(trainer.evaluate(held_out))?;
+                bar.held_out(loss);
+                record.heldout = Some(loss);
+            }
+            if step == steps {
+                let text = pollster::block_on(trainer.generate(PROMPT, WRITTEN, 0.8))?;
+                record.text =
+                    Some(String::from_utf8_lossy(&[PROMPT, &text[..]].concat()).into_owned());
+            }
+            metrics.write(record)?;
+            if evaluate {
+                report::write(
+                    &setting.out.join("report.html"),
+                    &setting.header,
+                    metrics.records(),
+                )?;
+            }
+            if stop || step == steps || saved.elapsed() > SAVE_EVERY {
+                save(&trainer)?;
+                saved = Instant::now();
+            }
+            if stop && step < steps {
+                bar.finish("stopped, saved");
+                return Ok(End::Stopped);
+            }
+            (since, from) = (Instant::now(), step);
+        }
+    }
+    bar.finish("done");
+    Ok(match interrupt.requested() {
+        true => End::Stopped,
+        false => End::Done,
+    })
+}
+
+/// What the device has allocated, where that is known; on the CPU engine the most that the process held.
+fn memory(ctx: &Context) -> Option<f64> {
+    match ctx.wgpu() {
+        Some((device, _)) => {
+            device.generate_allocator_report().map(|report| report.total_reserved_bytes as f64)
+        }
+        None => {
+            let status = std::fs::read_to_string("/proc/self/status").ok()?;
+            let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+            Some(line.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()? * 1024.0)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use microscaling::train::recipe::PRESETS;
+
+    #[test]
+    fn the_help_names_every_preset() {
+        let help = <Args as clap::CommandFactory>::command().render_help().to_string();
+        for name in PRESETS {
+            assert!(help.contains(name), "{name}");
+        }
+    }
 }

@@ -120,7 +120,7 @@ impl Metrics {
         };
         records.retain(|r| last(&r.arm, r.seed).is_some_and(|step| r.step <= step));
         let mut output = OutputFile::create(path, "train")?;
-        output.write(|mut out| {
+        output.write(|out| {
             records.iter().try_for_each(|record| out.write_all(record.to_line().as_bytes()))
         })?;
         output.finish()?;

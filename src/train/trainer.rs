@@ -3,8 +3,8 @@
 //! A run is a function of its [`RunDesc`] and its batches: what it draws depends on seed and step, so a run that goes on
 //! from a checkpoint ends with the same bits as one that was never stopped, on the same engine.
 
-use crate::engine::Context;
 use crate::engine::buffer::{DType, Tensor};
+use crate::engine::{Context, Stream};
 use crate::kernels::adamw::StepScalars;
 use crate::kernels::{GradientNorm, quantize_both};
 use crate::{Error, Result};
@@ -124,16 +124,22 @@ impl Trainer {
 
     /// Submits a step on a batch `[batch, seq + 1 + mtp]`; does not wait. `count`: the quantizers count.
     pub fn train(&mut self, tokens: &[u32], count: bool) -> Result<()> {
+        let mut stream = self.ctx.stream();
+        self.record(&mut stream, tokens, count)?;
+        self.ctx.submit(stream)
+    }
+
+    /// Records what [`Trainer::train`] submits; the batch is uploaded at once.
+    pub fn record(&mut self, stream: &mut Stream<'_>, tokens: &[u32], count: bool) -> Result<()> {
         let number = self.step as u32 + 1;
         let draws = Draws { seed: self.desc.seed, step: number };
         let o = &self.desc.recipe.optimizer;
         let lr = self.learning_rate(self.step);
         self.model.set_batch(tokens)?;
-        let mut stream = self.ctx.stream();
         let scale = 2f32.powi(self.exponent);
-        self.model.record(&mut stream, Pass { draws, count }, Some(scale))?;
+        self.model.record(stream, Pass { draws, count }, Some(scale))?;
         let grads: Vec<&Tensor> = self.model.params.iter().map(|p| &p.grad).collect();
-        self.norm.record(&mut stream, &grads, 1.0 / scale, o.clip_norm, &mut self.status)?;
+        self.norm.record(stream, &grads, 1.0 / scale, o.clip_norm, &mut self.status)?;
         for p in &mut self.model.params {
             let scalars = StepScalars {
                 step: number,
@@ -141,18 +147,10 @@ impl Trainer {
                 weight_decay: if p.decay { o.weight_decay } else { 0.0 },
                 seed: self.desc.seed,
             };
-            p.adam.record(
-                &mut stream,
-                &scalars,
-                &p.grad,
-                &self.status,
-                &mut p.value,
-                &mut p.state,
-            )?;
+            p.adam.record(stream, &scalars, &p.grad, &self.status, &mut p.value, &mut p.state)?;
         }
         // Of the next step: signs and draws are its own.
-        self.model.prepare(&mut stream, Draws { step: number + 1, ..draws })?;
-        self.ctx.submit(stream)?;
+        self.model.prepare(stream, Draws { step: number + 1, ..draws })?;
         self.step += 1;
         Ok(())
     }

@@ -653,11 +653,15 @@ impl Variant {
             }
             _ => false,
         };
+        // The same order of positions in both loaders.
+        let bytes =
+            |operand: Operand| matches!(operand.values, Values::Mx(spec) if tier::fp8(spec));
+        let alike = same(self.a, self.b) || bytes(self.a) && bytes(self.b);
         source = source
             .constant("SEGMENTS", self.segments)
             .constant("STAGE", self.stage())
             .flag("NIBBLES", same(self.a, self.b))
-            .flag("PAIRS", same(self.a, self.b) && self.load == [Load::Vectors; 2])
+            .flag("PAIRS", alike && self.load == [Load::Vectors; 2])
             .flag("BF16", bf16)
             .flag("BIAS", self.bias)
             .flag("GROUPED", self.grouped != Grouped::No)
@@ -742,10 +746,13 @@ impl Variant {
                     shader!("lib/operand_eight.wgsl"),
                     shader!("lib/loader_eight.wgsl"),
                 ],
-                (Values::Mx(_), true, _) => &[
+                (Values::Mx(spec), true, _) => &[
                     shader!("lib/operand.wgsl"),
                     shader!("lib/operand_halves.wgsl"),
-                    shader!("lib/loader_nibbles.wgsl"),
+                    match tier::fp8(spec) {
+                        true => shader!("lib/loader_bytes.wgsl"),
+                        false => shader!("lib/loader_nibbles.wgsl"),
+                    },
                 ],
                 (Values::Mx(_), false, Tier::Exact) if !words => &[shader!("lib/operand.wgsl")],
                 (Values::Mx(_), false, Tier::Exact) => &[

@@ -4,7 +4,7 @@ use super::{MatmulDesc, Operand, Output, Tier, Values};
 use crate::engine::buffer::DType;
 use crate::engine::gpu::Gpu;
 use crate::engine::{Context, Engine};
-use crate::formats::Element;
+use crate::formats::{Element, MxSpec};
 use crate::kernels::NVIDIA;
 use crate::{Error, Result};
 
@@ -276,10 +276,16 @@ fn halves(gpu: &Gpu, desc: &MatmulDesc) -> bool {
 pub(super) enum Load {
     /// Word by word: any layout.
     Words,
-    /// 16 bytes at a time along lines of whole 128 positions: E2M1 under scales of at least 32, or dense of 16 bits.
+    /// 16 bytes at a time along lines of whole 128 positions: E2M1 and FP8 under E8M0 scales of at least 32, or dense of 16
+    /// bits.
     Vectors,
     /// 16 bytes at a time across the lines, whole 128 of them, of a transposed dense operand of 16 bits.
     Columns,
+}
+
+/// Elements of eight bits that are floats.
+pub(super) fn fp8(spec: MxSpec) -> bool {
+    matches!(spec.element, Element::E4M3 | Element::E5M2)
 }
 
 /// How the tensor kernel, and the skinny one in f16, read an operand of `outputs` lines.
@@ -289,6 +295,7 @@ pub(super) fn load(operand: &Operand, k: usize, outputs: usize) -> Load {
     }
     match (operand.values, operand.transposed) {
         (Values::Mx(_), _) if wide(operand, k) => Load::Vectors,
+        (Values::Mx(spec), false) if fp8(spec) && spec.block.len() >= 32 => Load::Vectors,
         (Values::Dense(DType::F16 | DType::BF16), false) => Load::Vectors,
         (Values::Dense(DType::F16 | DType::BF16), true) if outputs.is_multiple_of(8) => {
             Load::Columns
