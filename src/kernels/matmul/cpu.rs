@@ -23,7 +23,7 @@ use crate::formats::{Block, Element, ScaleFormat, scale};
 pub(super) struct View<'a> {
     pub values: Source<'a>,
     /// An output index is a position along the lines (dense: a column), and k counts lines (dense: rows). MX: square
-    /// blocks only. Otherwise an output index is a line (a row), and `first_k` is 0.
+    /// blocks only. Otherwise an output index is a line (a row), and packed ones have a `first_k` that is a multiple of 32.
     pub transposed: bool,
     pub first: usize,
     pub first_k: usize,
@@ -216,7 +216,7 @@ impl<'a> Packed<'a> {
     ) -> Packed<'a> {
         debug_assert!(match view.transposed {
             true => matches!(layout.spec.block, Block::Square(_)),
-            false => view.first_k == 0,
+            false => view.first_k.is_multiple_of(CELL),
         });
         Packed {
             element: layout.spec.element,
@@ -623,7 +623,8 @@ impl<const W: usize> IntegerPanel<W> {
                     } else {
                         // The same without a choice in the loop.
                         for (lane, words) in filled {
-                            let codes = unpack_whole(from.element.bits(), lines[first + lane], k);
+                            let at = from.first_k + k;
+                            let codes = unpack_whole(from.element.bits(), lines[first + lane], at);
                             *words = raised(from.element, codes, offset);
                         }
                     }

@@ -29,6 +29,8 @@ pub(super) enum Shape {
     Tile { bm: u32, bn: u32, tm: u32, tn: u32 },
     /// `shaders/matmul_skinny.wgsl`: `m` rows of A, `rn` lines of B; by f16 where that is exact.
     Skinny { m: u32, rn: u32, halves: bool },
+    /// `shaders/matmul_join.wgsl`: `bm × bn` outputs.
+    Join { bm: u32, bn: u32 },
     /// `shaders/matmul_tensor.wgsl`: subgroups and fragments down and across, and slices of k.
     Tensor { subgroups: [u32; 2], fragments: [u32; 2], slices: u32, side: u32, by: Fragments },
 }
@@ -37,7 +39,7 @@ impl Shape {
     /// Rows and columns of outputs.
     pub(super) fn outputs(self) -> [u32; 2] {
         match self {
-            Shape::Tile { bm, bn, .. } => [bm, bn],
+            Shape::Tile { bm, bn, .. } | Shape::Join { bm, bn } => [bm, bn],
             Shape::Skinny { m, rn, .. } => [m, rn],
             Shape::Tensor { subgroups, fragments, side, .. } => {
                 [subgroups[0] * fragments[0] * side, subgroups[1] * fragments[1] * side]
@@ -181,12 +183,37 @@ pub(super) fn is_bf16(desc: &MatmulDesc) -> bool {
     [desc.a, desc.b].iter().all(|operand| operand.values == Values::Dense(DType::BF16))
 }
 
+/// Workgroups that fill a large device: two for each of an H100's 132 multiprocessors. wgpu does not tell their number.
+const FILLING: usize = 264;
+/// Positions of a slice at least: a shorter one takes less time than writing and adding its sums.
+const SHORTEST: usize = 1024;
+
+/// How k is cut where outputs are few and k is long, as in gradients of weights: so that there are [`FILLING`] workgroups, on
+/// NVIDIA's discrete devices (and with the emulation, for tests) if their tiles alone are half of that or fewer. Positions of
+/// a slice, a multiple of 128. Not in the exact tier, whose additions have an order.
+pub(super) fn slice(ctx: &Context, desc: &MatmulDesc, tier: Tier) -> Option<usize> {
+    let Engine::Gpu(gpu) = ctx.engine() else { return None };
+    let large = gpu.caps.vendor == NVIDIA && gpu.discrete || gpu.emulate_tensor;
+    let one = desc.batch == 1 && desc.experts.is_none() && matches!(desc.out, Output::Dense(_));
+    if !large || !one || tier == Tier::Exact || desc.m <= SKINNY {
+        return None;
+    }
+    let side = if tier == Tier::Tensor { 128 } else { 64 };
+    let tiles = desc.m.div_ceil(side) * desc.n.div_ceil(side);
+    if tiles == 0 || tiles > FILLING / 2 {
+        return None;
+    }
+    let slices = FILLING.div_ceil(tiles).min(desc.k / SHORTEST);
+    let sums = (slices * desc.m * desc.n.next_multiple_of(4) * 4) as u64;
+    (slices > 1 && sums <= gpu.max_binding).then(|| desc.k.div_ceil(slices).next_multiple_of(128))
+}
+
 /// The tile for a problem: what was measured best, by size; see benches/results.
-pub(super) fn shape(gpu: &Gpu, desc: &MatmulDesc, tier: Tier) -> Shape {
+pub(super) fn shape(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool) -> Shape {
     let rows = match desc.experts {
         // Rows of an expert, about.
-        Some(experts) => desc.m.div_ceil(experts),
-        None => desc.m,
+        Some(experts) if !desc.group_k => desc.m.div_ceil(experts),
+        _ => desc.m,
     };
     let square = match desc.out {
         Output::Mx(out) => Some(out.spec.block.lines() > 1),
@@ -200,7 +227,7 @@ pub(super) fn shape(gpu: &Gpu, desc: &MatmulDesc, tier: Tier) -> Shape {
             (Fragments::Wgsl, _) if side == 8 => ([2, 2], [4, 4], 1),
             (Fragments::Wgsl, _) => ([2, 2], [2, 2], 1),
             (_, 0..=SKINNY) if square.is_none() => ([1, 2], [1, 2], 4),
-            _ if square.is_some() => ([2, 2], [4, 4], 1),
+            _ if square.is_some() || sliced => ([2, 2], [4, 4], 1),
             // As many subgroups as keep a large device busy, from k where there are few tiles.
             _ if tiles >= 200 => ([2, 2], [4, 4], 1),
             _ if tiles >= 100 => ([2, 2], [4, 4], 2),
