@@ -48,7 +48,7 @@ struct Args {
     /// Print a preset as a file for --recipe, and leave
     #[arg(long, value_name = "NAME")]
     show_recipe: Option<String>,
-    /// tiny (0.5M parameters), small (3.5M), 10m, 30m
+    /// tiny (0.5M parameters), small (3.5M), 10m, 30m, moe (8 experts, 10.6M)
     #[arg(long, default_value = "tiny")]
     model: String,
     /// Predict so many tokens beyond the next one, by a block and a head each
@@ -148,7 +148,9 @@ fn run() -> Result<()> {
         .into());
     }
     let Some(mut model) = ModelDesc::preset(&args.model) else {
-        return Err(format!("no model {:?}; there are tiny, small, 10m, 30m", args.model).into());
+        return Err(
+            format!("no model {:?}; there are tiny, small, 10m, 30m, moe", args.model).into()
+        );
     };
     model.mtp = args.mtp;
     model.batch = args.batch.unwrap_or(model.batch);
@@ -381,7 +383,7 @@ fn train(
     let mut saved = Instant::now();
     let mut since = Instant::now();
     let mut from = trainer.step();
-    let save = |trainer: &Trainer| -> Result<()> {
+    let save = |trainer: &mut Trainer| -> Result<()> {
         let checkpoint = pollster::block_on(trainer.checkpoint())?;
         Ok(checkpoint.save_latest(directory)?)
     };
@@ -443,7 +445,7 @@ fn train(
                 )?;
             }
             if stop || step == steps || saved.elapsed() > SAVE_EVERY {
-                save(&trainer)?;
+                save(&mut trainer)?;
                 saved = Instant::now();
             }
             if stop && step < steps {

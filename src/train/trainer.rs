@@ -264,7 +264,7 @@ impl Trainer {
     }
 
     /// Everything that the run needs to go on. Waits.
-    pub async fn checkpoint(&self) -> Result<Checkpoint> {
+    pub async fn checkpoint(&mut self) -> Result<Checkpoint> {
         let mut checkpoint = Checkpoint::default();
         for (key, value) in self.meta()? {
             checkpoint.meta.insert(key.into(), value);
@@ -294,6 +294,9 @@ impl Trainer {
                 )?;
             }
         }
+        for (name, bias) in self.model.biases() {
+            checkpoint.insert(name, Dtype::F32, &bias.shape(), self.ctx.read(bias).await?)?;
+        }
         Ok(checkpoint)
     }
 
@@ -317,6 +320,10 @@ impl Trainer {
                 let bytes = checkpoint.take(&name, state_dtype(tensor.dtype), &tensor.shape)?;
                 p.state.write(&ctx, tensor.name, &bytes)?;
             }
+        }
+        for (name, bias) in self.model.biases() {
+            let bytes = checkpoint.take(&name, Dtype::F32, &bias.shape())?;
+            bias.data.write(&ctx, &bytes)?;
         }
         self.step = checkpoint.value("step")?;
         self.exponent = checkpoint.value("loss_scale")?;
