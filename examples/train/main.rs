@@ -398,7 +398,6 @@ fn train(
             let status = pollster::block_on(trainer.status(step - from))?;
             let took = since.elapsed();
             let rate = (step - from) as f64 * tokens as f64 / took.as_secs_f64();
-            bar.update(step, status.loss, rate, took);
             let mut record = Record {
                 arm: desc.recipe.name.clone(),
                 seed: desc.seed,
@@ -427,9 +426,9 @@ fn train(
             if evaluate {
                 let held_out = (0..evaluations).map(|i| batches.held_out(i));
                 let loss = pollster::block_on(trainer.evaluate(held_out))?;
-                bar.held_out(loss);
                 record.heldout = Some(loss);
             }
+            bar.update(step, status.loss, record.heldout, rate, took);
             if step == steps {
                 let text = pollster::block_on(trainer.generate(PROMPT, WRITTEN, 0.8))?;
                 record.text =
