@@ -3,6 +3,7 @@
 // Layout:   sums: slices · m rows of n, padded to whole quads
 // Numerics: bounded, each addition rounded to nearest; the rest as lib/finish.wgsl
 // Dispatch: tiles_m · tiles_n workgroups, spread over x and y; an invocation has a quad of y
+// Twin:     none: the CPU engine does not cut k
 
 const STRIP_ROWS = BM;
 

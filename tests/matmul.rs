@@ -817,11 +817,12 @@ fn grouped_along_k(ctx: &Context, step: usize) -> Result<(), Failed> {
         (desc(NVFP4, MXFP6_E2M3, [20, 33, 256]), offsets(256)),
         (desc(across(DType::BF16), across(DType::BF16), [24, 40, 256]), offsets(256)),
         (desc(DType::BF16, across(DType::BF16), [20, 33, 384]), offsets(384)),
+        (desc(MXFP8_E5M2, MXFP8_E4M3, [20, 33, 384]), offsets(384)),
         (desc(squares, squares, [40, 33, 256]), offsets(256)),
         (desc(MXFP4.with_block(Block::Vector(64)), MXINT8, [5, 20, 256]), offsets(256)),
     ];
     for (i, (desc, offsets)) in cases.into_iter().enumerate() {
-        if step > 1 && i > 5 {
+        if step > 1 && i > 6 {
             continue;
         }
         let desc = MatmulDesc { experts: Some(5), group_k: true, ..desc };
@@ -906,6 +907,7 @@ fn slices_of_k(ctx: &Context, _: usize) -> Result<(), Failed> {
     let cases = [
         (2, more(desc(MXFP4, MXFP4, [33, 36, 2176]))),
         (3, desc(across(DType::BF16), across(DType::BF16), [24, 40, 3200])),
+        (2, desc(MXFP8_E4M3, MXFP4, [17, 36, 2176])),
         (2, bf16(more(desc(NVFP4, MXFP8_E4M3, [20, 33, 2100])))),
         (2, desc(across(DType::F16), MXFP6_E2M3.with_block(Block::Square(16)), [20, 34, 2112])),
         (1, desc(MXFP4, MXFP4, [20, 33, 2000])),

@@ -11,6 +11,7 @@ fn op_open(units: ptr<function, array<op_Unit, OP_UNITS>>, row0: u32, limit: u32
 }
 
 fn op_sixteen(i: u32, k: u32) -> vec4<u32> {
+    if (GROUPED_K && k >= k_end()) { return vec4<u32>(); }
     return op_codes[(op_i0 + i) * (p.op_pitch / 4u) + k / 16u];
 }
 
@@ -18,7 +19,7 @@ fn op_ahead(units: ptr<function, array<op_Unit, OP_UNITS>>, row0: u32, limit: u3
     for (var u = 0u; u < OP_UNITS; u++) { // unroll
         let i = op_within(row0 + r0 + u * ROW_STEP, limit);
         (*units)[u].next = op_sixteen(i, k + lane_part() * 32u);
-        if (OP_BLOCK == 32u) {
+        if (OP_SCALE_WORDS) {
             // A word has the scales of the chunk's four blocks.
             (*units)[u].scale = op_scales[(op_i0 + i) / OP_LINES * (p.op_blocks / 4u) + k / 128u];
         } else {
@@ -59,7 +60,7 @@ fn op_decode(units: ptr<function, array<op_Unit, OP_UNITS>>, j: u32) {
     for (var u = 0u; u < OP_UNITS; u++) { // unroll
         if (j == 0u) {
             var scale = (*units)[u].scale;
-            if (OP_BLOCK == 32u) { scale = (scale >> (8u * lane_part())) & 0xffu; }
+            if (OP_SCALE_WORDS) { scale = (scale >> (8u * lane_part())) & 0xffu; }
             (*units)[u].factor = op_half_factor(scale, (*units)[u].anchor);
         }
         if (j % 2u == 0u) { (*units)[u].codes = (*units)[u].next; }

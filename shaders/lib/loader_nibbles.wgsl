@@ -3,9 +3,6 @@
 // lib/loader_eight.wgsl; needs lib/nibble_pair.wgsl. PAIRS: the order within eight may be 0, 4, 1, 5, 2, 6, 3, 7, since the
 // other operand has it too.
 
-// Whether a chunk's four scales are a word: groups of k start at any block.
-const OP_SCALE_WORDS = OP_BLOCK == 32u && !OP_SCALE_E4M3 && !GROUPED_K;
-
 struct op_Unit { codes: vec4<u32>, next: vec4<u32>, scale: u32, anchor: u32, factor: vec2<f16>, h: vec4<u32> }
 
 fn op_open(units: ptr<function, array<op_Unit, OP_UNITS>>, row0: u32, limit: u32, r0: u32) {

@@ -986,7 +986,7 @@ pub fn kernels() -> Vec<Kernel> {
         // The kernels for few rows take neither groups nor slices of k.
         if !matches!(shape, Shape::Skinny { .. }) {
             for x in values.iter().copied().filter(|v| takes(*v)) {
-                if tier != Tier::Exact {
+                if tier != Tier::Exact && !matches!(shape, Shape::Tensor { slices: 2.., .. }) {
                     let sums = Variant { out: Out::Sums, grouped: Grouped::Slices, ..plain(x, x) };
                     variants.push(sums);
                     variants.push(Variant { load: [Load::Words; 2], ..sums });

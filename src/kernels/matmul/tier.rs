@@ -183,14 +183,16 @@ pub(super) fn is_bf16(desc: &MatmulDesc) -> bool {
     [desc.a, desc.b].iter().all(|operand| operand.values == Values::Dense(DType::BF16))
 }
 
-/// Workgroups that fill a large device: two for each of an H100's 132 multiprocessors. wgpu does not tell their number.
-const FILLING: usize = 264;
-/// Positions of a slice at least: a shorter one takes less time than writing and adding its sums.
+/// Of an H100 or H200: wgpu does not tell how many a device has.
+const MULTIPROCESSORS: usize = 132;
+/// Positions of a slice at least: adding a slice moves eight bytes an output, which takes about as long as multiplying some
+/// hundred positions.
 const SHORTEST: usize = 1024;
 
-/// How k is cut where outputs are few and k is long, as in gradients of weights: so that there are [`FILLING`] workgroups, on
-/// NVIDIA's discrete devices (and with the emulation, for tests) if their tiles alone are half of that or fewer. Positions of
-/// a slice, a multiple of 128. Not in the exact tier, whose additions have an order.
+/// How k is cut where outputs are few and k is long, as in gradients of weights: positions of a slice, a multiple of 128. On
+/// NVIDIA's discrete devices (and with the emulation, for tests), if there is at most one tile a multiprocessor. Then there
+/// are at least two workgroups for each, and up to twice as many slices if their last round is fuller: a round of 132 takes
+/// 1 / slices of the time of whole tiles. Not in the exact tier, whose additions have an order.
 pub(super) fn slice(ctx: &Context, desc: &MatmulDesc, tier: Tier) -> Option<usize> {
     let Engine::Gpu(gpu) = ctx.engine() else { return None };
     let large = gpu.caps.vendor == NVIDIA && gpu.discrete || gpu.emulate_tensor;
@@ -200,12 +202,21 @@ pub(super) fn slice(ctx: &Context, desc: &MatmulDesc, tier: Tier) -> Option<usiz
     }
     let side = if tier == Tier::Tensor { 128 } else { 64 };
     let tiles = desc.m.div_ceil(side) * desc.n.div_ceil(side);
-    if tiles == 0 || tiles > FILLING / 2 {
+    if tiles == 0 || tiles > MULTIPROCESSORS {
         return None;
     }
-    let slices = FILLING.div_ceil(tiles).min(desc.k / SHORTEST);
-    let sums = (slices * desc.m * desc.n.next_multiple_of(4) * 4) as u64;
-    (slices > 1 && sums <= gpu.max_binding).then(|| desc.k.div_ceil(slices).next_multiple_of(128))
+    // Their sums are bound at once.
+    let sums = (desc.m * desc.n.next_multiple_of(4) * 4) as u64;
+    let most = (desc.k / SHORTEST).min((gpu.max_binding / sums) as usize);
+    let slices = slices(tiles, most);
+    (slices > 1).then(|| desc.k.div_ceil(slices).next_multiple_of(128))
+}
+
+/// How many slices, by the rule above; at most so many.
+fn slices(tiles: usize, most: usize) -> usize {
+    let least = (2 * MULTIPROCESSORS).div_ceil(tiles).min(most).max(1);
+    let time = |slices: &usize| 1000 * (tiles * slices).div_ceil(MULTIPROCESSORS) / slices;
+    (least..=(2 * least).min(most)).min_by_key(time).unwrap_or(1)
 }
 
 /// The tile for a problem: what was measured best, by size; see benches/results.
@@ -315,4 +326,23 @@ pub(super) fn wide(operand: &Operand, k: usize) -> bool {
 pub(super) fn segments(desc: &MatmulDesc) -> u32 {
     let short = |values| matches!(values, Values::Mx(spec) if spec.block.len() < 32);
     if short(desc.a.values) || short(desc.b.values) { 2 } else { 1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_fill_the_multiprocessors() {
+        // The example of DESIGN.md; a k that is too short for more; tiles that fill a round.
+        assert_eq!(slices(75, 32), 7);
+        assert_eq!(slices(75, 3), 3);
+        assert_eq!(slices(75, 1), 1);
+        assert_eq!(slices(75, 0), 1);
+        assert_eq!(slices(132, 32), 2);
+        for tiles in 1..=MULTIPROCESSORS {
+            let workgroups = tiles * slices(tiles, usize::MAX / 2);
+            assert!((2 * MULTIPROCESSORS..=5 * MULTIPROCESSORS).contains(&workgroups), "{tiles}");
+        }
+    }
 }
