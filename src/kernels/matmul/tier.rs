@@ -202,7 +202,7 @@ pub(super) fn slice(ctx: &Context, desc: &MatmulDesc, tier: Tier) -> Option<usiz
     }
     let side = if tier == Tier::Tensor { 128 } else { 64 };
     let tiles = desc.m.div_ceil(side) * desc.n.div_ceil(side);
-    if tiles == 0 || tiles > MULTIPROCESSORS {
+    if tiles == 0 || tiles >= 2 * MULTIPROCESSORS {
         return None;
     }
     // Their sums are bound at once.
@@ -340,9 +340,9 @@ mod tests {
         assert_eq!(slices(75, 1), 1);
         assert_eq!(slices(75, 0), 1);
         assert_eq!(slices(132, 32), 2);
-        for tiles in 1..=MULTIPROCESSORS {
+        for tiles in 1..2 * MULTIPROCESSORS {
             let workgroups = tiles * slices(tiles, usize::MAX / 2);
-            assert!((2 * MULTIPROCESSORS..=5 * MULTIPROCESSORS).contains(&workgroups), "{tiles}");
+            assert!((2 * MULTIPROCESSORS..=8 * MULTIPROCESSORS).contains(&workgroups), "{tiles}");
         }
     }
 }
