@@ -36,6 +36,8 @@ pub enum DeviceChoice {
     Gpu,
     /// The first adapter whose name contains this, whatever its case.
     Named(String),
+    /// The adapter with this number, from 0 on, in the order of [`adapters`]: for several of one name.
+    Number(usize),
 }
 
 impl std::str::FromStr for DeviceChoice {
@@ -46,7 +48,10 @@ impl std::str::FromStr for DeviceChoice {
             "auto" => DeviceChoice::Auto,
             "cpu" => DeviceChoice::Cpu,
             "gpu" => DeviceChoice::Gpu,
-            name => DeviceChoice::Named(name.into()),
+            name => match name.strip_prefix('#').and_then(|number| number.parse().ok()) {
+                Some(number) => DeviceChoice::Number(number),
+                None => DeviceChoice::Named(name.into()),
+            },
         })
     }
 }
@@ -113,9 +118,10 @@ impl Context {
             return Ok(Context::cpu());
         }
         let adapters = adapters(options.validation).await;
-        let chosen = adapters.iter().find(|adapter| {
+        let chosen = adapters.iter().enumerate().find(|(number, adapter)| {
             let info = adapter.get_info();
             match &options.device {
+                DeviceChoice::Number(wanted) => number == wanted,
                 DeviceChoice::Auto => info.device_type != wgpu::DeviceType::Cpu,
                 DeviceChoice::Gpu => true,
                 DeviceChoice::Named(name) => {
@@ -125,13 +131,14 @@ impl Context {
             }
         });
         match chosen {
-            Some(adapter) => Context::on_adapter(adapter, options).await,
+            Some((_, adapter)) => Context::on_adapter(adapter, options).await,
             None if options.device == DeviceChoice::Auto => Ok(Context::cpu()),
             None => {
                 let names: Vec<_> = adapters.iter().map(|a| a.get_info().name).collect();
                 Err(Error::NoAdapter {
                     wanted: match &options.device {
                         DeviceChoice::Named(name) => name.clone(),
+                        DeviceChoice::Number(number) => format!("#{number}"),
                         _ => "gpu".into(),
                     },
                     available: if names.is_empty() {

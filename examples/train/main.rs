@@ -69,7 +69,7 @@ struct Args {
     /// Train every arm with so many seeds, from 0 on
     #[arg(long, default_value_t = 1)]
     seeds: u64,
-    /// auto, cpu, gpu, or a part of an adapter's name
+    /// auto, cpu, gpu, a part of an adapter's name, or #0, #1, …
     #[arg(long, default_value = "auto")]
     device: String,
     /// Where checkpoints, numbers and report go
