@@ -321,7 +321,7 @@ impl Case {
                     scores.iter().map(|s| (dim as f64 + 4.0) * unit * s.1).collect();
                 // Subtraction, scaling and exp, which for the running maximum happen for a part of the difference in every
                 // tile: 6 u of the whole, and a constant a tile. No engine's tiles are smaller than 32. On tensor cores what is
-                // subtracted may be 40 less than the maximum.
+                // subtracted may be 40 less than the maximum, and is scaled before, to which rounding lse adds another.
                 let room = if tier == Tier::Tensor { 40.0 } else { 0.0 };
                 let tiles = n.div_ceil(32) as f64 + 1.0;
                 let weight_error: Vec<_> = scores
@@ -338,7 +338,7 @@ impl Case {
                 lse.0[at_lse] = log;
                 lse.1[at_lse] = total_error * (1.0 + total_error)
                     + (6.0 * U * total.ln().abs()).max(1.0 / f64::from(1 << 21))
-                    + 2.0 * U * high.abs()
+                    + 2.0 * U * (high.abs() + room)
                     + U * log.abs();
                 let at_out = row * self.cols() + h * dim;
                 for d in 0..dim {
@@ -365,9 +365,11 @@ impl Case {
                     .sum();
                 for j in 0..keys {
                     let x = scores[j].0 - log;
+                    // Scores, and lse on tensor cores, are scaled before the subtraction.
+                    let scaled = if tier == Tier::Tensor { 4.0 } else { 2.0 };
                     let r = (score_error[j]
                         + lse.1[at_lse]
-                        + 2.0 * U * scores[j].0.abs()
+                        + scaled * U * scores[j].0.abs()
                         + U * x.abs()
                         + (3.0 + 2.0 * x.abs()) * 2.0 * U)
                         .exp_m1();
