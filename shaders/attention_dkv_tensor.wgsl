@@ -40,6 +40,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     results_zero(&dk);
     results_zero(&dv);
 
+    let factor = p.scale * LOG2E;
     var q: x_Raws;
     var g: g_Raws;
     let begin = tile * (TILE / STEP);
@@ -52,7 +53,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         g_put(&g, SECOND, lane);
         if (lane < STEP) {
             let line = (place.row + min(t * STEP + lane, p.seq - 1u)) * p.heads + place.head;
-            shared_lse[lane / 4u][lane % 4u] = lse[line];
+            shared_lse[lane / 4u][lane % 4u] = lse[line] * -LOG2E;
             shared_delta[lane / 4u][lane % 4u] = delta[line];
         }
         workgroupBarrier();
@@ -60,7 +61,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         g_fetch(&g, outs, width, (t + 1u) * STEP, lane);
         scores(&k, FIRST, SCORES);
         scores(&v, SECOND, SCORES_2);
-        workgroupBarrier();
+        rows_barrier();
 
         var s: Own;
         var d: Own;
@@ -71,13 +72,13 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
             let query = t * STEP + column + vec4<u32>(0u, 1u, 2u, 3u);
             // Queries beyond the sequence repeat its last one, and must not count.
             let there = (vec4<u32>(tile * TILE + own_row) <= query) & (query < vec4<u32>(p.seq));
-            s[u] = select(vec4<f32>(), exp(s[u] * p.scale - shared_lse[column / 4u]), there);
+            s[u] = select(vec4<f32>(), exp2(fma(s[u], vec4<f32>(factor), shared_lse[column / 4u])), there);
             d[u] = s[u] * (d[u] - shared_delta[column / 4u]);
         }
-        workgroupBarrier();
+        rows_barrier();
         own_put(&s, SCORES);
         own_put(&d, SCORES_2);
-        workgroupBarrier();
+        rows_barrier();
         accumulate(&dv, SCORES, SECOND);
         accumulate(&dk, SCORES_2, FIRST);
     }

@@ -34,7 +34,8 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     var dq: Results;
     results_zero(&dq);
     let line = (place.row + min(tile * TILE + own_row, p.seq - 1u)) * p.heads + place.head;
-    let row_lse = lse[line];
+    let factor = p.scale * LOG2E;
+    let row_lse = lse[line] * -LOG2E;
     let row_delta = delta[line];
 
     var k: x_Raws;
@@ -51,20 +52,20 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         x_fetch(&v, values, pitch, (t + 1u) * STEP, lane);
         scores(&q, FIRST, SCORES);
         scores(&g, SECOND, SCORES_2);
-        workgroupBarrier();
+        rows_barrier();
 
         var s: Own;
         var d: Own;
         own_get(&s, SCORES);
         own_get(&d, SCORES_2);
         for (var u = 0u; u < 2u * S_UNITS; u++) { // unroll
-            let w = exp(s[u] * p.scale - vec4<f32>(row_lse));
+            let w = exp2(fma(s[u], vec4<f32>(factor), vec4<f32>(row_lse)));
             let key = t * STEP + own_column(u / 2u) + u % 2u * 4u + vec4<u32>(0u, 1u, 2u, 3u);
             s[u] = select(vec4<f32>(), w * (d[u] - vec4<f32>(row_delta)), key <= vec4<u32>(tile * TILE + own_row));
         }
-        workgroupBarrier();
+        rows_barrier();
         own_put(&s, SCORES);
-        workgroupBarrier();
+        rows_barrier();
         accumulate(&dq, SCORES, FIRST);
     }
     store(&dq, p.scale, queries, pitch, tile * TILE);

@@ -37,6 +37,8 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     x_own(&q, queries, pitch, tile * TILE, lane);
     var o: Results;
     results_zero(&o);
+    // exp(scale · x) = exp2(factor · x)
+    let factor = p.scale * LOG2E;
     var reference = LOWEST;
     var total = 0.0;
 
@@ -54,7 +56,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         x_fetch(&k, keys, pitch, (t + 1u) * STEP, lane);
         x_fetch(&v, values, pitch, (t + 1u) * STEP, lane);
         scores(&q, FIRST, SCORES);
-        workgroupBarrier();
+        rows_barrier();
 
         var s: Own;
         own_get(&s, SCORES);
@@ -75,29 +77,31 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         workgroupBarrier();
         if (atomicLoad(&exceeded) != 0u) {
             tell(high);
-            workgroupBarrier();
+            rows_barrier();
             var now = high;
             for (var i = 0u; i < SHARERS; i++) { now = max(now, told(i)); }
             // A row's bits depend on no other row.
             if ((now - reference) * p.scale <= ROOM) { now = reference; }
-            let keep = exp((reference - now) * p.scale);
+            let keep = exp2((reference - now) * factor);
             reference = now;
             total *= keep;
             if (t > 0u) { results_scale(&o, keep); }
         }
+        // However it is rounded, it is the same for the row's weights, and cancels.
+        let base = vec4<f32>(-reference * factor);
         var sum = vec4<f32>();
         for (var u = 0u; u < 2u * S_UNITS; u++) { // unroll
-            s[u] = exp((s[u] - vec4<f32>(reference)) * p.scale);
+            s[u] = exp2(fma(s[u], vec4<f32>(factor), base));
             sum += s[u];
         }
         total += (sum.x + sum.y) + (sum.z + sum.w);
         own_put(&s, SCORES);
-        workgroupBarrier();
+        rows_barrier();
         accumulate(&o, SCORES, SECOND);
     }
 
     tell(total);
-    workgroupBarrier();
+    rows_barrier();
     var sum = 0.0;
     for (var i = 0u; i < SHARERS; i++) { sum += told(i); }
     let row = tile * TILE + own_row;

@@ -6,6 +6,11 @@ var<workgroup> memory: array<vec4<f32>, MEMORY>;
 fn memory_put(unit: u32, h: vec4<u32>) { memory[unit] = bitcast<vec4<f32>>(h); }
 fn memory_get(unit: u32) -> vec4<u32> { return bitcast<vec4<u32>>(memory[unit]); }
 
+// Between what is written to and read from the same rows of scores: a subgroup's own, unless others share them.
+fn rows_barrier() {
+    if (ACROSS == 1u) { subgroupBarrier(); } else { workgroupBarrier(); }
+}
+
 alias Rows = array<MatA, D_FRAGMENTS>;
 alias Scores = array<MatC, S_FRAGMENTS>;
 alias Results = array<MatC, O_FRAGMENTS>;
@@ -73,13 +78,13 @@ fn results_put(sums: ptr<function, Results>, r: u32, to: u32) {
 fn results_scale(sums: ptr<function, Results>, factor: f32) {
     for (var r = 0u; r < ROUNDS; r++) { // unroll
         results_put(sums, r, SCORES);
-        workgroupBarrier();
+        rows_barrier();
         own_scale(SCORES, factor);
-        workgroupBarrier();
+        rows_barrier();
         for (var j = 0u; j < S_FRAGMENTS; j++) { // unroll
             let at = SCORES + own_rows * S_PITCH + (own_across * S_FRAGMENTS + j) * 4u;
             (*sums)[r * S_FRAGMENTS + j] = coopLoadT<MatC>(&memory[at], S_PITCH);
         }
-        workgroupBarrier();
+        rows_barrier();
     }
 }

@@ -6,6 +6,8 @@ var<workgroup> memory: array<vec4<u32>, MEMORY>;
 fn memory_put(unit: u32, h: vec4<u32>) { memory[unit] = h; }
 fn memory_get(unit: u32) -> vec4<u32> { return memory[unit]; }
 
+fn rows_barrier() { workgroupBarrier(); }
+
 alias Rows = array<vec4<u32>, UNITS>;
 alias Results = array<vec4<f32>, 2u * O_FRAGMENTS>;
 
@@ -65,14 +67,14 @@ fn results_put(sums: ptr<function, Results>, r: u32, to: u32) {
 fn results_scale(sums: ptr<function, Results>, factor: f32) {
     for (var r = 0u; r < ROUNDS; r++) {
         results_put(sums, r, SCORES);
-        workgroupBarrier();
+        rows_barrier();
         own_scale(SCORES, factor);
-        workgroupBarrier();
+        rows_barrier();
         for (var j = 0u; j < S_FRAGMENTS; j++) {
             for (var h = 0u; h < 2u; h++) {
                 (*sums)[2u * (r * S_FRAGMENTS + j) + h] = bitcast<vec4<f32>>(memory[emulated_unit(j, SCORES) + h]);
             }
         }
-        workgroupBarrier();
+        rows_barrier();
     }
 }

@@ -38,6 +38,8 @@ fn take_place(lane: u32) {
     own_part = own_across * 2u + own_lane / 16u;
 }
 
+const LOG2E = 1.44269504;
+
 // What each invocation has of its row, told to the row's others: there after a barrier.
 fn tell(v: f32) { shared_rows[own_row * SHARERS + own_part] = v; }
 fn told(i: u32) -> f32 { return shared_rows[own_row * SHARERS + i]; }
@@ -77,9 +79,9 @@ fn own_put(own: ptr<function, Own>, at: u32) {
 // through the memory of the scores.
 fn store(sums: ptr<function, Results>, factor: f32, origin: u32, pitch: u32, first: u32) {
     for (var r = 0u; r < ROUNDS; r++) { // unroll
-        workgroupBarrier();
+        rows_barrier();
         results_put(sums, r, SCORES);
-        workgroupBarrier();
+        rows_barrier();
         store_round(r, factor, origin, pitch, first + own_row);
     }
 }

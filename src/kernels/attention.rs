@@ -74,7 +74,8 @@ impl Attention {
         Attention::with_tier(ctx, desc, Tier::Auto)
     }
 
-    /// As [`Attention::new`], with the tier for bf16 asked for by name: [`Tier::Alu`] or [`Tier::Tensor`].
+    /// As [`Attention::new`], with the tier for bf16 asked for by name: [`Tier::Alu`] or [`Tier::Tensor`]. A pass that would
+    /// need more workgroup memory on tensor cores than the device has, at most 36 KiB, stays on ALUs.
     pub fn with_tier(ctx: &Context, desc: &AttentionDesc, tier: Tier) -> Result<Attention> {
         let AttentionDesc { batch, seq, heads, head_dim } = *desc;
         let mismatch = |problem| Err(Error::Mismatch { operation: "Attention::new", problem });
@@ -201,7 +202,11 @@ impl Attention {
     ) -> Result<()> {
         let AttentionDesc { batch, seq, heads, head_dim } = self.desc;
         let form = if dtype == DType::BF16 { self.bf16 } else { Form::Alu };
-        let variant = Variant { pass, width: width(head_dim), dtype, form };
+        let mut variant = Variant { pass, width: width(head_dim), dtype, form };
+        let limits = stream.gpu().map(|gpu| gpu.device.limits());
+        if limits.is_some_and(|l| variant.tensor_bytes() > l.max_compute_workgroup_storage_size) {
+            variant.form = Form::Alu;
+        }
         let tiles = seq.div_ceil(TILE as usize);
         let groups = (tiles * heads * batch) as u64;
         let params = [
@@ -396,10 +401,28 @@ impl Variant {
         bindings
     }
 
+    /// Workgroup memory of the kernel on tensor cores, which `shaders/lib/attention_tensor.wgsl` lays out.
+    fn tensor_bytes(&self) -> u32 {
+        let units = 2 * STEP * (self.width / 8 + 1) + self.matrices() * TILE * (STEP / 4 + 1);
+        16 * units + 4 * self.tensor_workgroup() + 2 * 4 * STEP
+    }
+
+    /// Matrices of scores that are in memory at once.
+    fn matrices(&self) -> u32 {
+        if self.pass == Pass::Forward { 1 } else { 2 }
+    }
+
+    /// Subgroups that share rows: one has no more than 64 columns of results in registers.
+    fn across(&self) -> u32 {
+        self.width.div_ceil(64)
+    }
+
+    fn tensor_workgroup(&self) -> u32 {
+        TILE / 16 * 32 * self.across()
+    }
+
     fn tensor(&self) -> Kernel {
-        // Subgroups that share rows: one has no more than 64 columns of results in registers.
-        let across = self.width.div_ceil(64);
-        let workgroup = TILE / 16 * 32 * across;
+        let (across, workgroup) = (self.across(), self.tensor_workgroup());
         let mut source = Source::new();
         let mut features = wgpu::Features::empty();
         if self.form == Form::Spirv {
@@ -421,7 +444,7 @@ impl Variant {
             .constant("STEP", STEP)
             .constant("WIDTH", self.width)
             .constant("ACROSS", across)
-            .constant("MATRICES", if self.pass == Pass::Forward { 1 } else { 2 })
+            .constant("MATRICES", self.matrices())
             .constant("D_FRAGMENTS", self.width / 16)
             .constant("S_FRAGMENTS", s_fragments)
             .constant("O_FRAGMENTS", o_fragments)
