@@ -46,11 +46,11 @@ fn op_byte_pair(w: u32, factor: vec2<f16>) -> u32 {
 
 fn op_four(w: u32, factor: vec2<f16>) -> vec2<u32> {
     var h = vec2<u32>(op_byte_pair(w, factor), op_byte_pair(w >> 8u, factor));
-    if (!OP_E5M2 && (((w & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u) != 0u) {
+    let nan = ((w & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
+    if (!OP_E5M2 && nan != 0u) {
         // Rare: the quantizers never write one.
-        for (var c = 0u; c < 4u; c++) {
-            if (((w >> (8u * c)) & 0x7fu) == 0x7fu) { h[c % 2u] = (h[c % 2u] & (0xffff0000u >> (8u * (c & 2u)))) | (0x7e00u << (8u * (c & 2u))); }
-        }
+        let masks = vec2<u32>(((nan >> 7u) & 0x00010001u) * 0xffffu, ((nan >> 15u) & 0x00010001u) * 0xffffu);
+        h = (h & ~masks) | (vec2<u32>(0x7e007e00u) & masks);
     }
     if (PAIRS) { return h; }
     return vec2<u32>((h.x & 0xffffu) | (h.y << 16u), (h.x >> 16u) | (h.y & 0xffff0000u));

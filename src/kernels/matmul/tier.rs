@@ -183,6 +183,8 @@ pub(super) fn is_bf16(desc: &MatmulDesc) -> bool {
     [desc.a, desc.b].iter().all(|operand| operand.values == Values::Dense(DType::BF16))
 }
 
+/// From so many tiles on, k is not cut.
+const WHOLE: usize = 200;
 /// Of an H100 or H200: wgpu does not tell how many a device has.
 const MULTIPROCESSORS: usize = 132;
 /// Positions of a slice at least: adding a slice moves eight bytes an output, which takes about as long as multiplying some
@@ -202,7 +204,8 @@ pub(super) fn slice(ctx: &Context, desc: &MatmulDesc, tier: Tier) -> Option<usiz
     }
     let side = if tier == Tier::Tensor { 128 } else { 64 };
     let tiles = desc.m.div_ceil(side) * desc.n.div_ceil(side);
-    if tiles == 0 || tiles >= 2 * MULTIPROCESSORS {
+    // From 200 on a tile is best left whole.
+    if tiles == 0 || tiles >= WHOLE {
         return None;
     }
     // Their sums are bound at once.
@@ -240,7 +243,7 @@ pub(super) fn shape(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool) -> S
             (_, 0..=SKINNY) if square.is_none() => ([1, 2], [1, 2], 4),
             _ if square.is_some() || sliced => ([2, 2], [4, 4], 1),
             // As many subgroups as keep a large device busy, from k where there are few tiles.
-            _ if tiles >= 200 => ([2, 2], [4, 4], 1),
+            _ if tiles >= WHOLE => ([2, 2], [4, 4], 1),
             _ if tiles >= 100 => ([2, 2], [4, 4], 2),
             _ => ([2, 2], [2, 2], 2),
         };
@@ -340,7 +343,7 @@ mod tests {
         assert_eq!(slices(75, 1), 1);
         assert_eq!(slices(75, 0), 1);
         assert_eq!(slices(132, 32), 2);
-        for tiles in 1..2 * MULTIPROCESSORS {
+        for tiles in 1..WHOLE {
             let workgroups = tiles * slices(tiles, usize::MAX / 2);
             assert!((2 * MULTIPROCESSORS..=8 * MULTIPROCESSORS).contains(&workgroups), "{tiles}");
         }
