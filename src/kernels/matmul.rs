@@ -758,6 +758,9 @@ fn run_cpu(
             }
             each_row(sums, n, |i, row| {
                 finish.row(a.anchor(i), &anchors, row);
+                if desc.beta == 0.0 && bias.is_none() {
+                    return;
+                }
                 for (j, value) in row.iter_mut().enumerate() {
                     let mut bits = value.to_bits();
                     if let (Some(y), true) = (old, desc.beta != 0.0) {

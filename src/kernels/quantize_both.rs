@@ -68,6 +68,15 @@ impl Hadamard {
         1.0 / (self.factor() * self.factor() * self.size as f32)
     }
 
+    /// Transforms a group in place, on the host.
+    pub(crate) fn apply(self, group: &mut [f32]) {
+        let mut tile: Vec<_> = group.iter().map(|v| [*v; ABREAST]).collect();
+        transform(&mut tile, self.signs(), self.factor());
+        for (v, row) in group.iter_mut().zip(tile) {
+            *v = row[0];
+        }
+    }
+
     /// 2⁻ᵖ.
     fn factor(self) -> f32 {
         1.0 / (1u32 << self.size.ilog2().div_ceil(2)) as f32
@@ -452,9 +461,13 @@ impl Job<'_> {
                 let mut tile = [[0; ABREAST]; ABREAST];
                 for start in (0..x.rows).step_by(ABREAST) {
                     let tile = &mut tile[..ABREAST.min(x.rows - start)];
-                    for (t, row) in (start..).zip(&mut *tile) {
-                        for (g, halves) in row.chunks_exact_mut(8).enumerate() {
-                            halves.copy_from_slice(&bits.group(t, chunk * ABREAST / 8 + g));
+                    for (t, rows) in (start..).step_by(4).zip(tile.chunks_mut(4)) {
+                        for g in 0..ABREAST / 8 {
+                            let group = chunk * ABREAST / 8 + g;
+                            let of: [_; 4] = std::array::from_fn(|i| (t + i, group));
+                            for (row, halves) in rows.iter_mut().zip(bits.groups(of)) {
+                                row[8 * g..8 * g + 8].copy_from_slice(&halves);
+                            }
                         }
                     }
                     transpose(tile, lines, padded, start);
