@@ -135,6 +135,8 @@ fn main() {
 fn run() -> Result<()> {
     env_logger::init();
     let args = Args::parse();
+    // The CPU engine's steps are many short parallel loops: this thread takes part in them, and need not be woken after each.
+    rayon::ThreadPoolBuilder::new().use_current_thread().build_global()?;
     if let Some(name) = &args.show_recipe {
         print!("{}", Recipe::preset(name)?.to_toml()?);
         return Ok(());
@@ -246,6 +248,9 @@ fn run() -> Result<()> {
     };
 
     if let Some(path) = &args.tune {
+        if !(args.tune_loss >= 1.0) {
+            return Err(format!("--tune-loss {}: at least 1", args.tune_loss).into());
+        }
         let [recipe] = &recipes[..] else {
             return Err("--tune takes one arm: --arms mxfp4, or another".into());
         };
