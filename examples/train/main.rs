@@ -17,9 +17,11 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use microscaling::train::checkpoint::Checkpoint;
 use microscaling::train::data::{Batches, BatchesDesc, Corpus, Limits, cargo_sources};
+use microscaling::train::linear::Draws;
 use microscaling::train::model::ModelDesc;
 use microscaling::train::recipe::Recipe;
 use microscaling::train::trainer::{RunDesc, Trainer};
+use microscaling::train::tune::{self, Tuner};
 use microscaling::{Context, DeviceChoice, Options, report as report_time};
 
 use metrics::{Metrics, Record};
@@ -84,6 +86,13 @@ struct Args {
     /// Say where the time of a step goes, kernel by kernel, after a few steps of the first arm, and leave
     #[arg(long)]
     profile: bool,
+    /// Choose the blocks of the arm, which is the only one: after some steps in bf16 (--steps, by default 40), the largest
+    /// ones with few errors. FILE is for --recipe
+    #[arg(long, value_name = "FILE")]
+    tune: Option<PathBuf>,
+    /// How many times the squared error of blocks of 16 a larger one may have
+    #[arg(long, value_name = "FACTOR", default_value_t = tune::LOSS, requires = "tune")]
+    tune_loss: f64,
     /// Batches of held-out text to measure on, at most
     #[arg(long, default_value_t = 16)]
     held_out: usize,
@@ -126,6 +135,8 @@ fn main() {
 fn run() -> Result<()> {
     env_logger::init();
     let args = Args::parse();
+    // The CPU engine's steps are many short parallel loops: this thread takes part in them, and need not be woken after each.
+    rayon::ThreadPoolBuilder::new().use_current_thread().build_global()?;
     if let Some(name) = &args.show_recipe {
         print!("{}", Recipe::preset(name)?.to_toml()?);
         return Ok(());
@@ -157,6 +168,7 @@ fn run() -> Result<()> {
     model.seq = args.seq.unwrap_or(model.seq);
     model.validate()?;
     let steps = args.steps.unwrap_or_else(|| match args.model.as_str() {
+        _ if args.tune.is_some() => 40,
         "tiny" => 300,
         _ => (25 * model.parameters()).div_ceil(model.tokens()) as u64,
     });
@@ -237,6 +249,15 @@ fn run() -> Result<()> {
         header,
     };
 
+    if let Some(path) = &args.tune {
+        if !(args.tune_loss >= 1.0) {
+            return Err(format!("--tune-loss {}: at least 1", args.tune_loss).into());
+        }
+        let [recipe] = &recipes[..] else {
+            return Err("--tune takes one arm: --arms mxfp4, or another".into());
+        };
+        return tune(&setting.ctx, &model, recipe, steps, &first, args.tune_loss, path);
+    }
     if args.profile {
         for recipe in &recipes {
             profile(&setting.ctx, &model, recipe, steps, &first)?;
@@ -302,6 +323,44 @@ fn run() -> Result<()> {
     if stopped {
         println!("stopped; --resume with the same options goes on");
     }
+    Ok(())
+}
+
+/// Steps at the end of a run in bf16 whose tensors are measured.
+const SAMPLES: u64 = 3;
+
+/// Writes the recipe with the largest blocks that lose little, and prints what each would lose.
+fn tune(
+    ctx: &Context,
+    model: &ModelDesc,
+    recipe: &Recipe,
+    steps: u64,
+    batches: &Batches,
+    loss: f64,
+    path: &Path,
+) -> Result<()> {
+    let mut dense = Recipe::preset("bf16")?;
+    dense.optimizer = recipe.optimizer.clone();
+    let run = RunDesc { model: model.clone(), recipe: dense, seed: 0, steps, data: String::new() };
+    let mut trainer = Trainer::new(ctx, &run)?;
+    let mut tuner = Tuner::new(recipe)?;
+    trainer.model.keep_operands()?;
+    for step in 0..steps {
+        trainer.train(&batches.batch(step), false)?;
+        if step + SAMPLES >= steps {
+            let draws = Draws { seed: 0, step: step as u32 + 1 };
+            pollster::block_on(tuner.sample(ctx, &trainer.model, draws))?;
+        }
+    }
+    println!(
+        "\nrelative mean squared error of the operands of {}, after {steps} steps in bf16;\n\
+         * the largest block within {loss} times the error of 16\n\n{}",
+        recipe.name,
+        tuner.table(loss)
+    );
+    std::fs::write(path, tuner.recipe(loss)?.to_toml()?)
+        .map_err(|error| format!("{}: {error}", path.display()))?;
+    println!("\nrecipe: {}", path.display());
     Ok(())
 }
 

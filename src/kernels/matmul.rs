@@ -705,6 +705,43 @@ impl Finish {
         e += (bits >> 23) as i32 - 127 + anchor_a as i32 + anchor_b as i32 - 254 + self.exponent;
         sign | f32_from_parts(bits & 0x7f_ffff | 0x80_0000, e - 23)
     }
+
+    /// [`Finish::bits`] of a row, in place.
+    fn row(&self, anchor_a: u32, anchors: &[u32], sums: &mut [f32]) {
+        // Without branches where all factors are powers of two and the results normal, or zero: then nothing is rounded.
+        const LANES: usize = 16;
+        let alpha = self.alpha.to_bits();
+        let power = self.tensor_scales == [None; 2]
+            && anchor_a != 255
+            && self.alpha.is_normal()
+            && alpha & 0x807f_ffff == 0;
+        let common = (alpha >> 23) as i32 - 127 + anchor_a as i32 - 254 + self.exponent;
+        for (sums, anchors) in sums.chunks_mut(LANES).zip(anchors.chunks(LANES)) {
+            if let (true, Ok(from), Ok(of)) =
+                (power, <[f32; LANES]>::try_from(&*sums), <&[u32; LANES]>::try_from(anchors))
+            {
+                let mut values = [0f32; LANES];
+                let mut wrong = 0;
+                for i in 0..LANES {
+                    let e = common + of[i] as i32;
+                    let value = from[i] * f32::from_bits(((e + 127) as u32) << 23);
+                    let magnitude = value.to_bits() & 0x7fff_ffff;
+                    let normal = (magnitude >= 0x80_0000) & (magnitude < INFINITY);
+                    let zero = from[i] == 0.0;
+                    let fits = (e >= -126) & (e <= 127) & normal;
+                    wrong |= u32::from(!(fits | zero) | (of[i] == 255));
+                    values[i] = if zero { 0.0 } else { value };
+                }
+                if wrong == 0 {
+                    sums.copy_from_slice(&values);
+                    continue;
+                }
+            }
+            for (sum, anchor) in sums.iter_mut().zip(anchors) {
+                *sum = f32::from_bits(self.bits(*sum, anchor_a, *anchor));
+            }
+        }
+    }
 }
 
 /// a + b, NaN the canonical one.
@@ -804,55 +841,61 @@ fn run_cpu(
         Target::Dense(t) => (Some(t), None),
         Target::Mx(t) => (None, Some((t, vec![0u32; y_stack * m * n]))),
     };
-    let mut sums = Vec::new();
+    let mut scratch = Vec::new();
     for Part { y: first, rows, k, a: [first_a, k_a], b: [first_b, k_b] } in parts {
-        let bytes = (rows * n * 4) as u64;
-        sums.clear();
-        sums.try_reserve_exact(rows * n)
-            .map_err(|_| Error::OutOfMemory { what: "the sums of a product".into(), bytes })?;
-        sums.resize(rows * n, 0f32);
         let a = view(a, desc.a.transposed, first_a, k_a, rows);
         let b = view(b, desc.b.transposed, first_b, k_b, n);
-        match tier {
-            Tier::Exact => cpu::exact(&a, &b, k, &mut sums),
-            _ => cpu::alu(&a, &b, k, &mut sums),
-        }
         let anchors: Vec<u32> = (0..n).map(|j| b.anchor(j)).collect();
-        let old = dense.as_deref();
         // The values take the sums' place.
-        let finish_row = |(i, row): (usize, &mut [f32])| {
-            let anchor = a.anchor(i);
-            for (j, sum) in row.iter_mut().enumerate() {
-                let mut value = finish.bits(*sum, anchor, anchors[j]);
-                if let (Some(y), true) = (old, desc.beta != 0.0) {
-                    let old = f32::from_bits(y.dtype.f32_bits(y.data.cpu(), (first + i) * n + j));
-                    value = added(value, (desc.beta * old).to_bits());
-                }
-                if let Some(bias) = bias {
-                    value = added(value, bias[j]);
-                }
-                *sum = f32::from_bits(value);
+        let product = |sums: &mut [f32], old: Option<&Tensor>| {
+            match tier {
+                Tier::Exact => cpu::exact(&a, &b, k, sums),
+                _ => cpu::alu(&a, &b, k, sums),
             }
+            each_row(sums, n, |i, row| {
+                finish.row(a.anchor(i), &anchors, row);
+                if desc.beta == 0.0 && bias.is_none() {
+                    return;
+                }
+                for (j, value) in row.iter_mut().enumerate() {
+                    let mut bits = value.to_bits();
+                    if let (Some(y), true) = (old, desc.beta != 0.0) {
+                        let old = y.dtype.f32_bits(y.data.cpu(), (first + i) * n + j);
+                        bits = added(bits, (desc.beta * f32::from_bits(old)).to_bits());
+                    }
+                    if let Some(bias) = bias {
+                        bits = added(bits, bias[j]);
+                    }
+                    *value = f32::from_bits(bits);
+                }
+            });
         };
-        #[cfg(not(target_arch = "wasm32"))]
-        {
-            use rayon::prelude::*;
-            sums.par_chunks_exact_mut(n.max(1)).enumerate().for_each(finish_row);
-        }
-        #[cfg(target_arch = "wasm32")]
-        sums.chunks_exact_mut(n.max(1)).enumerate().for_each(finish_row);
-        let values: &[u32] = bytemuck::cast_slice(&sums);
-        let at = first * n..first * n + values.len();
+        let at = first * n..(first + rows) * n;
         match (&mut dense, &mut packed) {
-            (Some(y), _) if y.dtype == DType::F32 => y.data.cpu_mut()[at].copy_from_slice(values),
+            (Some(y), _) if y.dtype == DType::F32 && desc.beta == 0.0 => {
+                product(bytemuck::cast_slice_mut(&mut y.data.cpu_mut()[at]), None);
+            }
             (Some(y), _) => {
-                let dtype = y.dtype;
-                let halves: &mut [u16] = bytemuck::cast_slice_mut(y.data.cpu_mut());
-                for (half, value) in halves[at].iter_mut().zip(values) {
-                    *half = dtype.narrow(*value) as u16;
+                let bytes = (rows * n * 4) as u64;
+                let more = (rows * n).saturating_sub(scratch.len());
+                scratch.try_reserve_exact(more).map_err(|_| Error::OutOfMemory {
+                    what: "the sums of a product".into(),
+                    bytes,
+                })?;
+                scratch.resize(rows * n, 0f32);
+                product(&mut scratch, Some(y));
+                let (dtype, words) = (y.dtype, y.data.cpu_mut());
+                match dtype {
+                    DType::F32 => words[at].copy_from_slice(bytemuck::cast_slice(&scratch)),
+                    _ => {
+                        let halves: &mut [u16] = bytemuck::cast_slice_mut(words);
+                        each_row(&mut halves[at], n, |i, halves| {
+                            dtype.narrow_all(&scratch[i * n..(i + 1) * n], halves);
+                        });
+                    }
                 }
             }
-            (None, Some((_, all))) => all[at].copy_from_slice(values),
+            (None, Some((_, all))) => product(bytemuck::cast_slice_mut(&mut all[at]), None),
             (None, None) => {}
         }
     }
@@ -860,6 +903,17 @@ fn run_cpu(
         super::quantize::pack_on_cpu(&out, DType::F32, &values, y);
     }
     Ok(())
+}
+
+/// Runs `f` on the rows of a matrix and their numbers, on all cores.
+fn each_row<T: Send>(values: &mut [T], cols: usize, f: impl Fn(usize, &mut [T]) + Sync + Send) {
+    #[cfg(not(target_arch = "wasm32"))]
+    {
+        use rayon::prelude::*;
+        values.par_chunks_exact_mut(cols.max(1)).enumerate().for_each(|(i, row)| f(i, row));
+    }
+    #[cfg(target_arch = "wasm32")]
+    values.chunks_exact_mut(cols.max(1)).enumerate().for_each(|(i, row)| f(i, row));
 }
 
 fn view(

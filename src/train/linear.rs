@@ -49,7 +49,7 @@ impl Draws {
     /// Domains that do not meet: the optimizer's streams have the step in their upper half and this bit clear.
     const DOMAIN: u64 = 1 << 63;
 
-    fn rounding(self, cast: &Cast, layer: u32, operand: u32) -> Rounding {
+    pub(super) fn rounding(self, cast: &Cast, layer: u32, operand: u32) -> Rounding {
         match cast.rounding {
             Round::Nearest => Rounding::NearestEven,
             Round::Stochastic => Rounding::Stochastic {
@@ -63,7 +63,7 @@ impl Draws {
     }
 
     /// Both operands of a product get the same signs.
-    fn hadamard(self, cast: &Cast, layer: u32, product: u32) -> Option<Hadamard> {
+    pub(super) fn hadamard(self, cast: &Cast, layer: u32, product: u32) -> Option<Hadamard> {
         let place = u64::from(layer) << 8 | u64::from(product);
         cast.hadamard.map(|size| Hadamard {
             size,
@@ -213,6 +213,8 @@ pub struct MxLinear {
     wgrad: Matmul,
     clips: [Option<(Quantile, Tensor)>; 2],
     outliers: Option<Outliers>,
+    /// Copies of x and dy.
+    kept: Option<[Tensor; 2]>,
 }
 
 impl MxLinear {
@@ -342,6 +344,7 @@ impl MxLinear {
             dgrad,
             wgrad,
             outliers,
+            kept: None,
         })
     }
 
@@ -354,6 +357,18 @@ impl MxLinear {
     pub fn bytes(&self) -> usize {
         let all = [&self.x, &self.x_columns, &self.w, &self.dy, &self.dy_columns, &self.w_dgrad];
         all.iter().map(|made| made.bytes()).sum()
+    }
+
+    /// Keeps copies of x and dy from now on, to be measured.
+    pub fn keep_operands(&mut self, ctx: &Context) -> Result<()> {
+        let LinearDesc { rows, n, k, x, dy, .. } = self.desc;
+        self.kept = Some([ctx.zeros(x, rows, k)?, ctx.zeros(dy, rows, n)?]);
+        Ok(())
+    }
+
+    /// Those of the last pass.
+    pub fn kept(&self) -> Option<&[Tensor; 2]> {
+        self.kept.as_ref()
     }
 
     /// The tiers of forward, dgrad and wgrad.
@@ -393,6 +408,9 @@ impl MxLinear {
         let Step { draws, counters, groups } = step;
         let extras = Extras { groups, ..Default::default() };
         let layer = self.layer;
+        if let Some([kept, _]) = &mut self.kept {
+            add::cast(stream, x, kept)?;
+        }
         if let Some(o) = &mut self.outliers {
             o.split.choose(stream, x)?;
         }
@@ -439,6 +457,9 @@ impl MxLinear {
         let Step { draws, counters, groups } = step;
         let extras = Extras { groups, ..Default::default() };
         let layer = self.layer;
+        if let Some([_, kept]) = &mut self.kept {
+            add::cast(stream, dy, kept)?;
+        }
         quantize(
             stream,
             dy,

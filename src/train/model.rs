@@ -569,16 +569,28 @@ impl Model {
         &self.desc
     }
 
+    /// The linear layers with their weights. Extra heads, which share the main one's, are left out.
+    pub fn linears(&self) -> impl Iterator<Item = (&Param, &MxLinear)> {
+        let blocks = self.blocks.iter().chain(&self.extra);
+        blocks
+            .flat_map(|Block { qkv, out, gate_up, down, .. }| [qkv, out, gate_up, down])
+            .map(|(id, linear)| (&self.params[*id], linear))
+            .chain([(&self.params[self.head], &self.heads[0].linear)])
+    }
+
     /// Each linear layer's tiers, by name.
     pub fn tiers(&self) -> Vec<(String, [crate::Tier; 3])> {
-        let mut list = Vec::new();
-        for block in self.blocks.iter().chain(&self.extra) {
-            for (id, linear) in [&block.qkv, &block.out, &block.gate_up, &block.down] {
-                list.push((self.params[*id].name.clone(), linear.tiers()));
+        self.linears().map(|(param, linear)| (param.name.clone(), linear.tiers())).collect()
+    }
+
+    /// Lets the linear layers keep copies of their operands from now on, to be measured: see [`super::tune`].
+    pub fn keep_operands(&mut self) -> Result<()> {
+        for Block { qkv, out, gate_up, down, .. } in self.blocks.iter_mut().chain(&mut self.extra) {
+            for (_, linear) in [qkv, out, gate_up, down] {
+                linear.keep_operands(&self.ctx)?;
             }
         }
-        list.push(("head".into(), self.heads[0].linear.tiers()));
-        list
+        self.heads[0].linear.keep_operands(&self.ctx)
     }
 
     /// Uploads a batch `[batch, seq + 1 + mtp]` of tokens: inputs and, for every head, targets.

@@ -227,26 +227,33 @@ impl Trainer {
         Ok(sum / f64::from(n.max(1)))
     }
 
-    /// Goes on with a text, `count` bytes, each drawn from the model's distribution at this temperature. Waits.
-    pub async fn generate(
-        &mut self,
-        prompt: &[u8],
-        count: usize,
-        temperature: f64,
-    ) -> Result<Vec<u8>> {
-        let ModelDesc { seq, batch, vocabulary, .. } = *self.model.desc();
+    /// Goes on with a text, `count` bytes, each drawn from the model's distribution at this temperature. Waits. In a model
+    /// of as few sequences as there can be, with these weights.
+    pub async fn generate(&self, prompt: &[u8], count: usize, temperature: f64) -> Result<Vec<u8>> {
+        let ModelDesc { seq, vocabulary, .. } = self.desc.model;
+        let batch = (1..=32).find(|batch| (batch * seq).is_multiple_of(32)).unwrap_or(32);
+        let desc = ModelDesc { batch, mtp: 0, ..self.desc.model.clone() };
+        let mut model = Model::new(&self.ctx, &desc, &self.desc.recipe, self.desc.seed)?;
+        for to in &mut model.params {
+            if let Some(from) = self.model.params.iter().find(|from| from.name == to.name) {
+                to.value.data.write(&self.ctx, &self.ctx.read(&from.value).await?)?;
+            }
+        }
         let draws = Draws { seed: self.desc.seed, step: self.step as u32 + 1 };
+        let mut stream = self.ctx.stream();
+        model.prepare(&mut stream, draws)?;
+        self.ctx.submit(stream)?;
         let mut text = prompt.to_vec();
         for i in 0..count {
             let from = text.len().saturating_sub(seq);
             let mut tokens: Vec<u32> = text[from..].iter().map(|byte| u32::from(*byte)).collect();
             let last = tokens.len().saturating_sub(1);
             tokens.resize(batch * seq, 0);
-            self.model.set_inputs(&tokens)?;
+            model.set_inputs(&tokens)?;
             let mut stream = self.ctx.stream();
-            self.model.record(&mut stream, Pass { draws, count: false }, None)?;
+            model.record(&mut stream, Pass { draws, count: false }, None)?;
             self.ctx.submit(stream)?;
-            let logits = floats(&self.ctx.read(self.model.logits()).await?);
+            let logits = floats(&self.ctx.read(model.logits()).await?);
             let row = &logits[last * vocabulary..(last + 1) * vocabulary];
             let most = row.iter().fold(f32::MIN, |a, b| a.max(*b));
             let weight = |logit: &f32| (f64::from(logit - most) / temperature).exp();
