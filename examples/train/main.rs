@@ -395,7 +395,7 @@ fn train(
         let stop = interrupt.requested() || expired;
         let evaluate = step % evaluate_every == 0 || step == steps;
         if due || evaluate || stop {
-            let status = pollster::block_on(trainer.status(step - from))?;
+            let status = pollster::block_on(trainer.status())?;
             let took = since.elapsed();
             let rate = (step - from) as f64 * tokens as f64 / took.as_secs_f64();
             bar.update(step, status.loss, rate, took);

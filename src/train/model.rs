@@ -97,6 +97,9 @@ impl ModelDesc {
         if [vocabulary, dim, layers, heads, ffn, seq, batch].contains(&0) {
             return wrong("every size but mtp is at least one".into());
         }
+        if !vocabulary.is_multiple_of(4) {
+            return wrong(format!("vocabulary is {vocabulary}, expected a multiple of 4"));
+        }
         if !dim.is_multiple_of(heads) || !(dim / heads).is_multiple_of(8) || dim / heads < 16 {
             return wrong(format!(
                 "dim {dim} by {heads} heads: a multiple of 8, at least 16, expected for each"
@@ -249,7 +252,7 @@ impl Maker<'_> {
         let o = &self.recipe.optimizer;
         let adam = AdamWDesc {
             // Gains are few, and their kernels take f32.
-            master: if rows == 1 { DType::F32 } else { o.master.into() },
+            master: if rows == 1 { DType::F32 } else { self.master() },
             moments: o.moments.into(),
             beta1: o.beta1,
             beta2: o.beta2,
@@ -283,10 +286,14 @@ impl Maker<'_> {
         self.recipe.activations.into()
     }
 
+    fn master(&self) -> DType {
+        self.recipe.optimizer.master.into()
+    }
+
     fn linear(&mut self, name: &str, n: usize, k: usize, dy: DType) -> Result<MxLinear> {
         self.layers += 1;
-        let act = self.act();
-        let desc = LinearDesc { rows: self.desc.tokens(), n, k, x: act, y: act, dy, dx: act };
+        let (rows, act, w) = (self.desc.tokens(), self.act(), self.master());
+        let desc = LinearDesc { rows, n, k, x: act, w, y: act, dy, dx: act };
         MxLinear::new(self.ctx, &desc, self.recipe.layer(name), self.layers, false)
             .map_err(|error| Error::Recipe(format!("{name}: {error}")))
     }
@@ -340,6 +347,7 @@ impl Maker<'_> {
             n: vocabulary,
             k: dim,
             x: act,
+            w: self.master(),
             y: DType::F32,
             dy: DType::F32,
             dx: act,
