@@ -71,14 +71,6 @@ impl Progress {
             tokens_per_second: f64::NAN,
         })
     }
-
-    /// A line above the bars.
-    pub fn say(&self, line: &str) {
-        // A terminal that is gone is no reason to end.
-        self.multi.suspend(|| {
-            let _ = writeln!(io::stderr(), "{line}");
-        });
-    }
 }
 
 impl Run {
