@@ -443,7 +443,8 @@ fn transformed(
             let mut sum = 0.0;
             for j in 0..size {
                 let sign = signs[j / 32] >> (j % 32) & 1;
-                let entry = if ((i & j).count_ones() + sign) % 2 == 0 { 1.0 } else { -1.0 };
+                let entry =
+                    if ((i & j).count_ones() + sign).is_multiple_of(2) { 1.0 } else { -1.0 };
                 sum += entry * f64::from(x[first + j * pitch]);
             }
             let value = sum / power;

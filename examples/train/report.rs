@@ -408,7 +408,7 @@ fn ticks(from: f64, to: f64, count: usize) -> Vec<(f64, String)> {
             return "0".into();
         }
         if greatest < 1e-3 {
-            return format!("{value:.0e}").replace('-', "−");
+            return format!("{value:.1e}").replace(".0e", "e").replace('-', "−");
         }
         let scaled = step / unit;
         let decimals = (0..6)
@@ -481,7 +481,8 @@ fn charts(records: &[Record], baseline: &str) -> [String; 3] {
         let mut all = arm.runs.values().flatten();
         all.find(|r| r.step == step).map_or(f64::NAN, |r| r.tokens as f64)
     };
-    let each = |make: &dyn Fn(&Arm<'_>) -> (Vec<Vec<(f64, f64)>>, BTreeMap<u64, Vec<f64>>)| {
+    type Curves = (Vec<Vec<(f64, f64)>>, BTreeMap<u64, Vec<f64>>);
+    let each = |make: &dyn Fn(&Arm<'_>) -> Curves| {
         let series = arms.iter().enumerate().map(|(i, arm)| {
             let (thin, by_step) = make(arm);
             let marked =

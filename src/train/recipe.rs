@@ -662,7 +662,8 @@ mod tests {
     #[test]
     fn what_cannot_be_is_an_error() {
         let good = Recipe::preset("mxfp4").unwrap();
-        let broken: [(&str, fn(&mut Recipe)); 10] = [
+        type Broken = (&'static str, fn(&mut Recipe));
+        let broken: [Broken; 10] = [
             ("unknown format", |r| r.linear.forward.x.format = "fp3".into()),
             ("block", |r| r.linear.forward.x.block = Some("1x7".into())),
             ("square blocks", |r| r.linear.forward.x.block = Some("32x32".into())),
