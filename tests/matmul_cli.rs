@@ -4,9 +4,7 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-
+use common::cli::Dir;
 use common::product::{Lines, compare, product};
 use common::{assert_bytes, gaussian};
 use microscaling::formats::NAMED;
@@ -14,53 +12,8 @@ use microscaling::interop::safetensors::TensorFile;
 use microscaling::{DType, MXFP4, MxSpec, MxTensor, NVFP4, QuantizeDesc, Tier, engine};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
-use tempfile::TempDir;
-
-/// The program, beside the directory of this test: `cargo test` builds it.
-fn program() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let name = format!("matmul{}", std::env::consts::EXE_SUFFIX);
-    let path = test.parent().and_then(Path::parent).unwrap().join("examples").join(name);
-    assert!(path.is_file(), "{} is missing: cargo build --example matmul", path.display());
-    path
-}
-
-struct Dir(TempDir);
 
 impl Dir {
-    fn new() -> Dir {
-        Dir(tempfile::tempdir().unwrap())
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn write(&self, name: &str, bytes: &[u8]) {
-        std::fs::write(self.path(name), bytes).unwrap();
-    }
-
-    fn read(&self, name: &str) -> Vec<u8> {
-        std::fs::read(self.path(name)).unwrap()
-    }
-
-    fn names(&self) -> Vec<String> {
-        let entries = std::fs::read_dir(self.0.path()).unwrap();
-        let mut names: Vec<_> =
-            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-        names.sort();
-        names
-    }
-
-    fn run(&self, args: &[&str]) -> Output {
-        Command::new(program())
-            .args(args)
-            .current_dir(self.0.path())
-            .env_remove("RUST_LOG")
-            .output()
-            .unwrap()
-    }
-
     /// Runs, which must succeed; returns what it printed.
     #[track_caller]
     fn ok(&self, args: &[&str]) -> String {
@@ -117,7 +70,7 @@ fn values() -> [Vec<f32>; 2] {
 
 /// A directory with A and B in f32.
 fn operands() -> Dir {
-    let dir = Dir::new();
+    let dir = Dir::new("matmul");
     let [a, b] = values();
     dir.write("a.safetensors", &file("x", Dtype::F32, &[M, K], &a));
     dir.write("b.safetensors", &file("x", Dtype::F32, &[N, K], &b));
@@ -204,7 +157,7 @@ fn packed_outputs_are_the_product_quantized() {
 
 #[test]
 fn every_type_in_the_files_and_dense_operands() {
-    let dir = Dir::new();
+    let dir = Dir::new("matmul");
     let [a, b] = values();
     for (dtype, name) in
         [(Dtype::F64, "f32"), (Dtype::F32, "f32"), (Dtype::F16, "f16"), (Dtype::BF16, "bf16")]
@@ -264,7 +217,7 @@ fn output_may_be_an_input_and_the_same_run_gives_the_same_bytes() {
 
 #[test]
 fn nothing_to_contract_and_nothing_to_multiply() {
-    let dir = Dir::new();
+    let dir = Dir::new("matmul");
     for [m, n, k] in [[3, 5, 0], [0, 5, 64], [3, 0, 64]] {
         dir.write("a.safetensors", &file("x", Dtype::F32, &[m, k], &gaussian(1, m * k)));
         dir.write("b.safetensors", &file("x", Dtype::F32, &[n, k], &gaussian(2, n * k)));
@@ -295,7 +248,7 @@ fn nan_is_a_warning() {
 
 #[test]
 fn without_files_it_multiplies_its_own() {
-    let dir = Dir::new();
+    let dir = Dir::new("matmul");
     let printed = dir.ok(&["--device", "cpu"]);
     for text in ["device: CPU", "[1024, 1024]", "tier: exact", "time: ", "FLOP/s", "error: "] {
         assert!(printed.contains(text), "{printed:?} lacks {text:?}");

@@ -4,9 +4,9 @@
 mod common;
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::path::Path;
 
+use common::cli::Dir;
 use common::{assert_bytes, gaussian, to_f32};
 use microscaling::formats::NAMED;
 use microscaling::interop::safetensors::TensorFile;
@@ -15,53 +15,8 @@ use microscaling::{
 };
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
-use tempfile::TempDir;
-
-/// The program, beside the directory of this test: `cargo test` builds it.
-fn program() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let name = format!("quantize{}", std::env::consts::EXE_SUFFIX);
-    let path = test.parent().and_then(Path::parent).unwrap().join("examples").join(name);
-    assert!(path.is_file(), "{} is missing: cargo build --example quantize", path.display());
-    path
-}
-
-struct Dir(TempDir);
 
 impl Dir {
-    fn new() -> Dir {
-        Dir(tempfile::tempdir().unwrap())
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn read(&self, name: &str) -> Vec<u8> {
-        std::fs::read(self.path(name)).unwrap()
-    }
-
-    fn write(&self, name: &str, bytes: &[u8]) {
-        std::fs::write(self.path(name), bytes).unwrap();
-    }
-
-    fn names(&self) -> Vec<String> {
-        let entries = std::fs::read_dir(self.0.path()).unwrap();
-        let mut names: Vec<_> =
-            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-        names.sort();
-        names
-    }
-
-    fn run(&self, args: &[&str]) -> Output {
-        Command::new(program())
-            .args(args)
-            .current_dir(self.0.path())
-            .env_remove("RUST_LOG")
-            .output()
-            .unwrap()
-    }
-
     /// Runs on the CPU engine, which must succeed without a warning; returns what it printed.
     #[track_caller]
     fn ok(&self, args: &[&str]) -> String {
@@ -165,7 +120,7 @@ fn sample() -> Vec<u8> {
 
 /// Quantizes the sample and turns it back; everything must be what the library makes of it.
 fn round_trip(spec: MxSpec, axis: Axis, args: &[&str], desc: impl Fn(u64) -> QuantizeDesc) {
-    let dir = Dir::new();
+    let dir = Dir::new("quantize");
     let original = sample();
     dir.write("in.safetensors", &original);
     let report = dir.ok(&[&["in.safetensors", "-o", "q.safetensors"], args].concat());
@@ -283,7 +238,7 @@ fn stochastic_rounding_draws_by_seed_and_place() {
 
 #[test]
 fn the_same_seed_gives_the_same_bytes() {
-    let dir = Dir::new();
+    let dir = Dir::new("quantize");
     dir.write("in.safetensors", &sample());
     let run = |seed: &str| {
         let args = ["in.safetensors", "-o", "out.safetensors", "--rounding", "stochastic"];
@@ -297,7 +252,7 @@ fn the_same_seed_gives_the_same_bytes() {
 
 #[test]
 fn output_may_be_input() {
-    let dir = Dir::new();
+    let dir = Dir::new("quantize");
     dir.write("w.safetensors", &sample());
     dir.ok(&["w.safetensors", "-o", "other.safetensors"]);
     dir.ok(&["w.safetensors", "-o", "w.safetensors"]);
@@ -308,7 +263,7 @@ fn output_may_be_input() {
 #[test]
 fn a_quantized_file_stays_as_it_is() {
     // The parts are no 2-D floats.
-    let dir = Dir::new();
+    let dir = Dir::new("quantize");
     dir.write("in.safetensors", &sample());
     dir.ok(&["in.safetensors", "-o", "q.safetensors", "--format", "nvfp4"]);
     let output = dir.run(&["q.safetensors", "-o", "qq.safetensors", "--device", "cpu"]);
@@ -320,7 +275,7 @@ fn a_quantized_file_stays_as_it_is() {
 
 #[test]
 fn nan_is_a_warning() {
-    let dir = Dir::new();
+    let dir = Dir::new("quantize");
     let mut weight = matrix(DType::F32, 2, 64, 1);
     weight.data[..4].copy_from_slice(&f32::NAN.to_le_bytes());
     dir.write("in.safetensors", &file(&[("w", weight)], &[]));
@@ -335,7 +290,7 @@ fn nan_is_a_warning() {
 
 #[test]
 fn without_a_file_it_reports() {
-    let dir = Dir::new();
+    let dir = Dir::new("quantize");
     let report = dir.ok(&[]);
     let line = report.lines().find(|line| line.starts_with("weight")).unwrap();
     let words: Vec<_> = line.split_whitespace().collect();
@@ -352,7 +307,7 @@ fn without_a_file_it_reports() {
 
 #[test]
 fn wrong_arguments() {
-    let dir = Dir::new();
+    let dir = Dir::new("quantize");
     dir.write("in.safetensors", &sample());
     let with = |args: &[&'static str]| -> Vec<&'static str> {
         [&["in.safetensors", "-o", "out.safetensors", "--device", "cpu"], args].concat()
@@ -374,7 +329,7 @@ fn wrong_arguments() {
 
 #[test]
 fn files_that_cannot_be_read_or_written() {
-    let dir = Dir::new();
+    let dir = Dir::new("quantize");
     dir.write("in.safetensors", &sample());
     std::fs::create_dir(dir.path("folder")).unwrap();
     let fails = |says: &[&str], input: &str, output: &str| {
@@ -434,7 +389,7 @@ fn files_that_are_no_safetensors() {
         ),
     ];
     for (says, bytes) in cases {
-        let dir = Dir::new();
+        let dir = Dir::new("quantize");
         dir.write("in.safetensors", bytes);
         for way in [&[][..], &["--dequantize"]] {
             let args = ["in.safetensors", "-o", "out.safetensors", "--device", "cpu"];
@@ -446,7 +401,7 @@ fn files_that_are_no_safetensors() {
 
 #[test]
 fn quantizing_onto_a_name_that_is_taken() {
-    let dir = Dir::new();
+    let dir = Dir::new("quantize");
     let taken = Tensor { dtype: Dtype::U8, shape: vec![1], data: vec![0] };
     let weight = matrix(DType::F32, 2, 32, 1);
     dir.write("in.safetensors", &file(&[("w", weight), ("w.scales", taken)], &[]));
@@ -518,14 +473,14 @@ fn dequantizing_what_is_not_or_wrongly_quantized() {
         ),
     ];
     for (what, tensors, metadata) in cases {
-        let dir = Dir::new();
+        let dir = Dir::new("quantize");
         dir.write("in.safetensors", &file(&tensors, &metadata));
         let args = ["--dequantize", "in.safetensors", "-o", "out.safetensors", "--device", "cpu"];
         dir.fails(1, &[&["in.safetensors"], what].concat(), &args);
     }
     // The control: the same parts under true metadata are read.
     for (tensors, spec) in [(good(), mxfp4), (nv(scale(1.0)), nvfp4)] {
-        let dir = Dir::new();
+        let dir = Dir::new("quantize");
         dir.write("in.safetensors", &file(&tensors, &says(spec)));
         dir.ok(&["--dequantize", "in.safetensors", "-o", "out.safetensors"]);
     }

@@ -10,6 +10,7 @@ mod output;
 mod progress;
 mod report;
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,7 +23,7 @@ use microscaling::train::model::ModelDesc;
 use microscaling::train::recipe::Recipe;
 use microscaling::train::trainer::{RunDesc, Trainer};
 use microscaling::train::tune::{self, Tuner};
-use microscaling::{Context, DeviceChoice, Options, report as report_time};
+use microscaling::{Context, DeviceChoice, Error, Options, report as report_time};
 
 use metrics::{Metrics, Record};
 use progress::Progress;
@@ -83,6 +84,9 @@ struct Args {
     /// Save and leave after so many seconds; --resume goes on
     #[arg(long, value_name = "SECONDS")]
     max_seconds: Option<u64>,
+    /// Save a checkpoint when the last one is so old; at the end of a run in any case
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    save_every: u64,
     /// Say where the time of a step goes, kernel by kernel, after a few steps of the first arm, and leave
     #[arg(long)]
     profile: bool,
@@ -103,7 +107,7 @@ struct Setting {
     ctx: Context,
     out: PathBuf,
     held_out: usize,
-    resume: bool,
+    save_every: Duration,
     until: Option<Instant>,
     interrupt: interrupt::Interrupt,
     header: report::Header,
@@ -114,10 +118,9 @@ struct Setting {
 enum End {
     Done,
     Stopped,
+    Diverged,
 }
 
-/// At least so long between two checkpoints.
-const SAVE_EVERY: Duration = Duration::from_secs(60);
 /// Held-out losses of a run.
 const EVALUATIONS: u64 = 10;
 /// Lines of numbers of a run.
@@ -148,6 +151,7 @@ fn run() -> Result<()> {
     }
     for recipe in &mut recipes {
         recipe.optimizer.lr = args.lr.unwrap_or(recipe.optimizer.lr);
+        recipe.validate()?;
     }
     if let Some(twice) =
         (1..recipes.len()).find(|i| recipes[..*i].iter().any(|r| r.name == recipes[*i].name))
@@ -243,7 +247,7 @@ fn run() -> Result<()> {
         ctx,
         out: args.out.clone(),
         held_out: args.held_out,
-        resume: args.resume,
+        save_every: Duration::from_secs(args.save_every),
         until: args.max_seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds)),
         interrupt: interrupt::Interrupt::listen()?,
         header,
@@ -265,29 +269,34 @@ fn run() -> Result<()> {
         return Ok(());
     }
     let directory = |name: &str, seed: u64| args.out.join(format!("{name}-{seed}"));
-    let found = |name: &str, seed: u64| -> Result<Option<Checkpoint>> {
-        if !args.resume {
-            return Ok(None);
-        }
-        let found = Checkpoint::load_latest(&directory(name, seed))?;
-        if let Some(passed) = found.as_ref().and_then(|f| f.passed_over.as_ref()) {
-            eprintln!("note: {passed}; going on from the checkpoint before");
-        }
-        Ok(found.map(|found| found.checkpoint))
-    };
-    let mut at = std::collections::HashMap::new();
+    // The step that each run goes on from.
+    let mut at = HashMap::new();
     for recipe in &recipes {
         for seed in 0..args.seeds {
-            if let Some(checkpoint) = found(&recipe.name, seed)? {
-                at.insert((recipe.name.clone(), seed), checkpoint.value::<u64>("step")?);
+            let directory = directory(&recipe.name, seed);
+            let mut step = None;
+            if !args.resume && directory.exists() {
+                // A run that begins anew has nothing to do with what lies there. All of them at once: after a kill nobody
+                // could tell an old checkpoint from one of this start.
+                std::fs::remove_dir_all(&directory)
+                    .map_err(|error| format!("{}: {error}", directory.display()))?;
+            } else if let Some(found) = Checkpoint::load_latest(&directory)? {
+                if let Some(passed) = found.passed_over {
+                    eprintln!("note: {passed}; going on from the checkpoint before");
+                }
+                step = Some(found.checkpoint.value::<u64>("step")?);
             }
+            at.insert((recipe.name.clone(), seed), step);
         }
     }
-    let last = |arm: &str, seed: u64| at.get(&(arm.to_string(), seed)).copied();
+    // Of runs that are not asked for this time, what was measured stays as their checkpoints do.
+    let others = args.resume.then_some(u64::MAX);
+    let last = |arm: &str, seed: u64| at.get(&(arm.into(), seed)).copied().unwrap_or(others);
     let mut metrics = Metrics::open(&args.out.join("metrics.jsonl"), last)?;
     let progress = Progress::new(steps);
     let width = recipes.iter().map(|r| r.name.len()).max().unwrap_or(0) + 2;
     let mut stopped = false;
+    let mut diverged = Vec::new();
     // Seeds in the outer loop: what is stopped early has all arms of the first ones.
     'runs: for seed in 0..args.seeds {
         let batches = batches(seed)?;
@@ -299,8 +308,8 @@ fn run() -> Result<()> {
                 steps,
                 data: format!("{:016x} of {} bytes", corpus.fingerprint(), corpus.bytes().len()),
             };
-            let checkpoint = found(&recipe.name, seed)?;
             let directory = directory(&recipe.name, seed);
+            let checkpoint = Checkpoint::load_latest(&directory)?.map(|found| found.checkpoint);
             let end = train(
                 &setting,
                 &run,
@@ -312,9 +321,14 @@ fn run() -> Result<()> {
                 width,
             )?;
             report::write(&args.out.join("report.html"), &setting.header, metrics.records())?;
-            if end == End::Stopped {
-                stopped = true;
-                break 'runs;
+            match end {
+                End::Done => {}
+                // The others are worth their time all the same.
+                End::Diverged => diverged.push(format!("{} (seed {seed})", recipe.name)),
+                End::Stopped => {
+                    stopped = true;
+                    break 'runs;
+                }
             }
         }
     }
@@ -323,7 +337,10 @@ fn run() -> Result<()> {
     if stopped {
         println!("stopped; --resume with the same options goes on");
     }
-    Ok(())
+    match diverged.is_empty() {
+        true => Ok(()),
+        false => Err(format!("diverged: {}", diverged.join(", ")).into()),
+    }
 }
 
 /// Steps at the end of a run in bf16 whose tensors are measured.
@@ -431,11 +448,6 @@ fn train(
     let Setting { ctx, interrupt, .. } = setting;
     let name = format!("{} {}", desc.recipe.name, desc.seed);
     let steps = desc.steps;
-    if !setting.resume && directory.exists() {
-        // A run that begins anew has nothing to do with what lies there.
-        std::fs::remove_dir_all(directory)
-            .map_err(|error| format!("{}: {error}", directory.display()))?;
-    }
     let mut trainer = Trainer::new(ctx, desc)?;
     if let Some(checkpoint) = checkpoint {
         trainer.restore(checkpoint).map_err(|error| format!("{}: {error}", directory.display()))?;
@@ -461,22 +473,30 @@ fn train(
         let expired = setting.until.is_some_and(|until| Instant::now() > until);
         let stop = interrupt.requested() || expired;
         let evaluate = step % evaluate_every == 0 || step == steps;
-        if due || evaluate || stop {
-            let status = pollster::block_on(trainer.status(step - from))?;
-            let took = since.elapsed();
-            let rate = (step - from) as f64 * tokens as f64 / took.as_secs_f64();
+        // Only here is anything read, so that a run that was stopped reads, and adapts the loss scale, after the same steps.
+        if due || evaluate {
             let mut record = Record {
                 arm: desc.recipe.name.clone(),
                 seed: desc.seed,
                 step,
                 tokens: step * tokens,
-                loss: Some(status.loss),
                 lr: Some(lr.into()),
-                grad_norm: Some(status.norm),
-                tokens_per_second: Some(rate),
-                peak_memory: memory(ctx),
                 ..Default::default()
             };
+            let status = match pollster::block_on(trainer.status()) {
+                Err(error @ Error::Diverged { .. }) => {
+                    metrics.write(Record { loss: Some(f64::NAN), ..record })?;
+                    bar.finish(&error.to_string());
+                    return Ok(End::Diverged);
+                }
+                status => status?,
+            };
+            let took = since.elapsed();
+            let rate = (step - from) as f64 * tokens as f64 / took.as_secs_f64();
+            record.loss = Some(status.loss);
+            record.grad_norm = Some(status.norm);
+            record.tokens_per_second = Some(rate);
+            record.peak_memory = memory(ctx);
             if due {
                 let [x, dy] = pollster::block_on(trainer.shares())?;
                 for (what, shares) in [("activations", x), ("gradients", dy)] {
@@ -509,15 +529,16 @@ fn train(
                     metrics.records(),
                 )?;
             }
-            if stop || step == steps || saved.elapsed() > SAVE_EVERY {
+            if step == steps || saved.elapsed() >= setting.save_every {
                 save(&mut trainer)?;
                 saved = Instant::now();
             }
-            if stop && step < steps {
-                bar.finish("stopped, saved");
-                return Ok(End::Stopped);
-            }
             (since, from) = (Instant::now(), step);
+        }
+        if stop && step < steps {
+            save(&mut trainer)?;
+            bar.finish(&format!("stopped after step {step}, saved"));
+            return Ok(End::Stopped);
         }
     }
     bar.finish("done");

@@ -71,13 +71,6 @@ impl Progress {
             tokens_per_second: f64::NAN,
         })
     }
-
-    /// A line above the bars.
-    pub fn say(&self, line: &str) {
-        self.multi.suspend(|| {
-            let _ = writeln!(io::stderr(), "{line}");
-        });
-    }
 }
 
 impl Run {

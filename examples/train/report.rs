@@ -416,6 +416,9 @@ fn ticks(from: f64, to: f64, count: usize) -> Vec<(f64, String)> {
         if value == 0.0 {
             return "0".into();
         }
+        if greatest < 1e-3 {
+            return format!("{value:.1e}").replace(".0e", "e").replace('-', "−");
+        }
         let scaled = step / unit;
         let decimals = (0..6)
             .find(|d| {

@@ -26,6 +26,8 @@ pub struct LinearDesc {
     pub k: usize,
     /// The type of X.
     pub x: DType,
+    /// The type of W.
+    pub w: DType,
     /// The type of Y.
     pub y: DType,
     /// The type of dY.
@@ -190,7 +192,7 @@ struct Outliers {
     split: Split,
     x: Tensor,
     w: Tensor,
-    /// Of the weight in the type of x.
+    /// Of the weight: in the type of x, if that is not finer.
     w_dense: Made,
     product: Matmul,
 }
@@ -229,10 +231,26 @@ impl MxLinear {
         recipe.validate()?;
         let LinearDesc { rows, n, k, .. } = *desc;
         let experts = desc.experts;
+        // Experts' slots are padded to what belongs together.
+        let slots = if experts.is_some() { 0 } else { rows };
+        for (product, cast, len) in [
+            ("forward", &recipe.forward.x, k),
+            ("dgrad", &recipe.dgrad.dy, n),
+            ("wgrad", &recipe.wgrad.dy, slots),
+        ] {
+            if let Some(size) = cast.hadamard.filter(|size| !len.is_multiple_of(*size as usize)) {
+                return Err(Error::Mismatch {
+                    operation: "MxLinear::new",
+                    problem: format!(
+                        "{product} sums over {len}, which Hadamard transforms of {size} do not divide"
+                    ),
+                });
+            }
+        }
         let (xs, ws, ys) = ([rows, k], [experts.unwrap_or(1) * n, k], [rows, n]);
         let x = Made::new(ctx, &recipe.forward.x, desc.x, xs, Axis::One)?;
         let x_columns = Made::beside(ctx, &x, &recipe.wgrad.x, desc.x, xs)?;
-        let w = Made::new(ctx, &recipe.forward.w, DType::F32, ws, Axis::One)?;
+        let w = Made::new(ctx, &recipe.forward.w, desc.w, ws, Axis::One)?;
         let dy = Made::new(ctx, &recipe.dgrad.dy, desc.dy, ys, Axis::One)?;
         let dy_columns = Made::beside(ctx, &dy, &recipe.wgrad.dy, desc.dy, ys)?;
         // Experts' matrices lie one under the other: only squares can be read across.
@@ -244,7 +262,7 @@ impl MxLinear {
                 )));
             }
         }
-        let w_dgrad = Made::new(ctx, &recipe.dgrad.w, DType::F32, ws, across)?;
+        let w_dgrad = Made::new(ctx, &recipe.dgrad.w, desc.w, ws, across)?;
         let gain = |cast: &Cast| {
             let hadamard = cast.hadamard.map(|size| Hadamard { size, signs: Signs::None });
             hadamard.map_or(1.0, Hadamard::gain)
@@ -296,9 +314,9 @@ impl MxLinear {
                 ..Default::default()
             },
         )?;
-        let clip = |cast: &Cast| {
-            let clip =
-                cast.clip.map(|q| Ok((Quantile::new(ctx, q)?, ctx.zeros(DType::F32, 1, 1)?)));
+        let clip = |a: &Cast, b: &Cast| {
+            let quantile = a.clip.or(b.clip);
+            let clip = quantile.map(|q| Ok((Quantile::new(ctx, q)?, ctx.zeros(DType::F32, 1, 1)?)));
             clip.transpose()
         };
         let outliers = match recipe.forward.x.outliers {
@@ -307,12 +325,15 @@ impl MxLinear {
             }
             None => None,
             Some(columns) => {
-                let dense = Cast::plain(if desc.x == DType::BF16 { "bf16" } else { "f32" });
+                let w_type = if desc.w == DType::BF16 { desc.w } else { desc.x };
                 Some(Outliers {
                     split: Split::new(ctx, k, columns)?,
                     x: ctx.zeros(desc.x, rows, columns)?,
-                    w: ctx.zeros(desc.x, n, columns)?,
-                    w_dense: Made::new(ctx, &dense, DType::F32, ws, Axis::One)?,
+                    w: ctx.zeros(w_type, n, columns)?,
+                    w_dense: match w_type == desc.w {
+                        true => Made::AsIs(w_type),
+                        false => Made::Cast(ctx.zeros(w_type, n, k)?),
+                    },
                     product: Matmul::new(
                         ctx,
                         &MatmulDesc {
@@ -320,7 +341,7 @@ impl MxLinear {
                             n,
                             k: columns,
                             a: desc.x.into(),
-                            b: desc.x.into(),
+                            b: w_type.into(),
                             out: desc.y.into(),
                             beta: 1.0,
                             ..Default::default()
@@ -331,7 +352,10 @@ impl MxLinear {
         };
         Ok(MxLinear {
             desc: *desc,
-            clips: [clip(&recipe.forward.x)?, clip(&recipe.dgrad.dy)?],
+            clips: [
+                clip(&recipe.forward.x, &recipe.wgrad.x)?,
+                clip(&recipe.dgrad.dy, &recipe.wgrad.dy)?,
+            ],
             recipe: recipe.clone(),
             layer,
             x,
@@ -543,7 +567,7 @@ fn quantize(
     clip: &mut Option<(Quantile, Tensor)>,
     skip: Option<&Ids>,
     (draws, layer): (Draws, u32),
-    counters: Option<&mut Ids>,
+    mut counters: Option<&mut Ids>,
 ) -> Result<()> {
     for made in [&mut *rows, &mut *columns] {
         if let Made::Cast(to) = made {
@@ -567,37 +591,32 @@ fn quantize(
     if let Some((quantile, threshold)) = clip {
         quantile.record(stream, x, threshold)?;
     }
-    let guards = Guards { clip: clip.as_ref().map(|(_, threshold)| threshold), skip };
+    let clip = clip.as_ref().map(|(_, threshold)| threshold);
+    // The columns that are set apart are missing from the product over them, not from wgrad.
+    let row_guards = Guards { clip: row_cast.clip.and(clip), skip };
+    let column_guards = Guards { clip: column_cast.clip.and(clip), skip: None };
     let ctx = stream.context().clone();
-    if skip.is_some() {
-        // The columns that are set apart are missing from the product over them, not from wgrad.
-        let plain = Guards { skip: None, ..guards };
-        QuantizeBoth::new(&ctx, row_side, None)?.record(
-            stream,
-            x,
-            rows.packed(),
-            None,
-            &guards,
-            counters,
-        )?;
-        return match column_side {
-            None => Ok(()),
-            Some(_) => QuantizeBoth::new(&ctx, None, column_side)?.record(
-                stream,
-                x,
-                None,
-                columns.packed(),
-                &plain,
-                None,
-            ),
-        };
+    let alike = skip.is_none() && row_cast.clip == column_cast.clip;
+    if alike || row_side.is_none() || column_side.is_none() {
+        let guards = if row_side.is_some() { row_guards } else { column_guards };
+        let (rows, columns) = (rows.packed(), columns.packed());
+        return QuantizeBoth::new(&ctx, row_side, column_side)?
+            .record(stream, x, rows, columns, &guards, counters);
     }
-    QuantizeBoth::new(&ctx, row_side, column_side)?.record(
+    QuantizeBoth::new(&ctx, row_side, None)?.record(
         stream,
         x,
         rows.packed(),
+        None,
+        &row_guards,
+        counters.as_deref_mut(),
+    )?;
+    QuantizeBoth::new(&ctx, None, column_side)?.record(
+        stream,
+        x,
+        None,
         columns.packed(),
-        &guards,
+        &column_guards,
         counters,
     )
 }

@@ -119,6 +119,9 @@ impl ModelDesc {
         if [vocabulary, dim, layers, heads, ffn, seq, batch].contains(&0) {
             return wrong("every size but mtp is at least one".into());
         }
+        if !vocabulary.is_multiple_of(4) {
+            return wrong(format!("vocabulary is {vocabulary}, expected a multiple of 4"));
+        }
         if !dim.is_multiple_of(heads) || !(dim / heads).is_multiple_of(8) || dim / heads < 16 {
             return wrong(format!(
                 "dim {dim} by {heads} heads: a multiple of 8, at least 16, expected for each"
@@ -301,7 +304,7 @@ impl Maker<'_> {
         let o = &self.recipe.optimizer;
         let adam = AdamWDesc {
             // Gains are few, and their kernels take f32.
-            master: if rows == 1 { DType::F32 } else { o.master.into() },
+            master: if rows == 1 { DType::F32 } else { self.master() },
             moments: o.moments.into(),
             beta1: o.beta1,
             beta2: o.beta2,
@@ -335,6 +338,10 @@ impl Maker<'_> {
         self.recipe.activations.into()
     }
 
+    fn master(&self) -> DType {
+        self.recipe.optimizer.master.into()
+    }
+
     fn linear(&mut self, name: &str, desc: LinearDesc, accumulate: bool) -> Result<MxLinear> {
         self.layers += 1;
         MxLinear::new(self.ctx, &desc, self.recipe.layer(name), self.layers, accumulate)
@@ -362,7 +369,7 @@ impl Maker<'_> {
 
     fn block(&mut self, name: &str) -> Result<Block> {
         let ModelDesc { dim, ffn, layers, heads, experts, .. } = *self.desc;
-        let (t, act, ctx) = (self.desc.tokens(), self.act(), self.ctx);
+        let (t, act, ctx, master) = (self.desc.tokens(), self.act(), self.ctx, self.master());
         let inner = 0.02 / (2.0 * layers as f64).sqrt();
         let router = self.router(name);
         let (count, rows, prefix) = match (experts, &router) {
@@ -377,8 +384,17 @@ impl Maker<'_> {
             (format!("{name}.{prefix}gate_up"), format!("{name}.{prefix}down"));
         let gate_up = self.param(gate_up_name.clone(), [count * 2 * ffn, dim], 0.02, true)?;
         let down = self.param(down_name.clone(), [count * dim, ffn], inner, true)?;
-        let plain =
-            |n, k| LinearDesc { rows: t, n, k, x: act, y: act, dy: act, dx: act, experts: None };
+        let plain = |n, k| LinearDesc {
+            rows: t,
+            n,
+            k,
+            x: act,
+            w: master,
+            y: act,
+            dy: act,
+            dx: act,
+            experts: None,
+        };
         // The gradient of the residual stream is f32.
         let f32s = |n, k| LinearDesc { dy: DType::F32, ..plain(n, k) };
         let grouped = |desc: LinearDesc| match experts {
@@ -438,6 +454,7 @@ impl Maker<'_> {
             n: vocabulary,
             k: dim,
             x: act,
+            w: self.master(),
             y: DType::F32,
             dy: DType::F32,
             dx: act,

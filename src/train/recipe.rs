@@ -128,7 +128,7 @@ pub struct Cast {
     /// The transform's signs, on the input's side.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signs: Option<Signs>,
-    /// Limit magnitudes to this quantile of the tensor's.
+    /// Limit magnitudes to this quantile of the tensor's, which is the same for both of its casts that have one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clip: Option<f64>,
     /// Keep so many columns of the largest magnitude in bf16: their product is added. Forward's x only.
@@ -437,6 +437,15 @@ impl Linear {
                 )));
             }
         }
+        for (name, a, b) in
+            [("x", &self.forward.x, &self.wgrad.x), ("dy", &self.dgrad.dy, &self.wgrad.dy)]
+        {
+            if a.clip.zip(b.clip).is_some_and(|(a, b)| a != b) {
+                return Err(Error::Recipe(format!(
+                    "the clips of {name} are two quantiles of one tensor, expected the same or one alone"
+                )));
+            }
+        }
         Ok(())
     }
 }
@@ -580,6 +589,14 @@ impl Recipe {
 
     /// Checks that every combination exists.
     pub fn validate(&self) -> Result<()> {
+        // It becomes a directory's name.
+        let unfit = |c: char| c.is_control() || "/\\:*?\"<>|".contains(c);
+        if self.name.is_empty() || self.name.starts_with('.') || self.name.contains(unfit) {
+            return Err(Error::Recipe(format!(
+                "name {:?}: expected one that a directory can have",
+                self.name
+            )));
+        }
         self.linear.validate()?;
         for layer in &self.layers {
             layer
@@ -666,7 +683,8 @@ mod tests {
     #[test]
     fn what_cannot_be_is_an_error() {
         let good = Recipe::preset("mxfp4").unwrap();
-        let broken: [(&str, fn(&mut Recipe)); 8] = [
+        type Broken = (&'static str, fn(&mut Recipe));
+        let broken: [Broken; 10] = [
             ("unknown format", |r| r.linear.forward.x.format = "fp3".into()),
             ("block", |r| r.linear.forward.x.block = Some("1x7".into())),
             ("square blocks", |r| r.linear.forward.x.block = Some("32x32".into())),
@@ -675,6 +693,10 @@ mod tests {
             ("has no block", |r| r.linear.forward.x.format = "bf16".into()),
             ("beta2", |r| r.optimizer.beta2 = 1.0),
             ("loss_scale", |r| r.loss_scale.initial = 30),
+            ("directory", |r| r.name = "../mxfp4".into()),
+            ("two quantiles", |r| {
+                (r.linear.dgrad.dy.clip, r.linear.wgrad.dy.clip) = (Some(0.9), Some(0.99));
+            }),
         ];
         for (says, breaks) in broken {
             let mut recipe = good.clone();

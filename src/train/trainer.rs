@@ -42,8 +42,8 @@ pub struct Trainer {
     step: u64,
     /// log2 of the loss scale.
     exponent: i32,
-    /// Steps seen to be finite since the exponent changed.
-    steady: u64,
+    /// The step at which the exponent changed last, or a gradient was not finite.
+    steady_since: u64,
     /// Statuses in a row that were not finite.
     bad: u32,
 }
@@ -91,7 +91,7 @@ impl Trainer {
             model,
             step: 0,
             exponent: desc.recipe.loss_scale.initial,
-            steady: 0,
+            steady_since: 0,
             bad: 0,
             desc: desc.clone(),
         })
@@ -155,9 +155,9 @@ impl Trainer {
         Ok(())
     }
 
-    /// Reads how the last step went, and adapts the loss scale. Waits. An error if the loss is not finite, or gradients
-    /// have not been for long.
-    pub async fn status(&mut self, since: u64) -> Result<Status> {
+    /// Reads how the last step went, and adapts the loss scale: runs are the same where this is called after the same steps.
+    /// Waits. An error if the loss is not finite, or gradients have not been for long.
+    pub async fn status(&mut self) -> Result<Status> {
         let mut losses = Vec::new();
         for loss in self.model.losses() {
             losses.push(f64::from(floats(&self.ctx.read(loss).await?)[0]));
@@ -176,17 +176,17 @@ impl Trainer {
         let taken = finite == 1.0;
         let scale = &self.desc.recipe.loss_scale;
         if taken {
-            (self.bad, self.steady) = (0, self.steady + since);
+            self.bad = 0;
             if scale.grow_every > 0
-                && self.steady >= u64::from(scale.grow_every)
+                && at - self.steady_since >= u64::from(scale.grow_every)
                 && self.exponent < scale.max
             {
-                (self.exponent, self.steady) = (self.exponent + 1, 0);
+                (self.exponent, self.steady_since) = (self.exponent + 1, at);
             }
         } else {
-            (self.bad, self.steady) = (self.bad + 1, 0);
+            (self.bad, self.steady_since) = (self.bad + 1, at);
             if self.bad > GIVE_UP {
-                let what = format!("{} is not finite, under 20 loss scales", name(first));
+                let what = format!("{} is not finite, under {GIVE_UP} loss scales", name(first));
                 return Err(Error::Diverged { step: at, what });
             }
             self.exponent = (self.exponent - 1).max(-60);
@@ -227,9 +227,14 @@ impl Trainer {
         Ok(sum / f64::from(n.max(1)))
     }
 
-    /// Goes on with a text, `count` bytes, each drawn from the model's distribution at this temperature. Waits. In a model
-    /// of as few sequences as there can be, with these weights.
-    pub async fn generate(&self, prompt: &[u8], count: usize, temperature: f64) -> Result<Vec<u8>> {
+    /// Goes on with a text, `count` bytes, each drawn from the model's distribution at this temperature; at 0 the likeliest.
+    /// Waits. In a model of as few sequences as there can be, with these weights.
+    pub async fn generate(
+        &mut self,
+        prompt: &[u8],
+        count: usize,
+        temperature: f64,
+    ) -> Result<Vec<u8>> {
         let ModelDesc { seq, vocabulary, .. } = self.desc.model;
         let batch = (1..=32).find(|batch| (batch * seq).is_multiple_of(32)).unwrap_or(32);
         let desc = ModelDesc { batch, mtp: 0, ..self.desc.model.clone() };
@@ -238,6 +243,9 @@ impl Trainer {
             if let Some(from) = self.model.params.iter().find(|from| from.name == to.name) {
                 to.value.data.write(&self.ctx, &self.ctx.read(&from.value).await?)?;
             }
+        }
+        for ((_, to), (_, from)) in model.biases().zip(self.model.biases()) {
+            to.data.write(&self.ctx, &self.ctx.read(from).await?)?;
         }
         let draws = Draws { seed: self.desc.seed, step: self.step as u32 + 1 };
         let mut stream = self.ctx.stream();
@@ -256,7 +264,8 @@ impl Trainer {
             let logits = floats(&self.ctx.read(model.logits()).await?);
             let row = &logits[last * vocabulary..(last + 1) * vocabulary];
             let most = row.iter().fold(f32::MIN, |a, b| a.max(*b));
-            let weight = |logit: &f32| (f64::from(logit - most) / temperature).exp();
+            let coldest = temperature.max(f64::MIN_POSITIVE);
+            let weight = |logit: &f32| (f64::from(logit - most) / coldest).exp();
             let total: f64 = row.iter().map(weight).sum();
             let key = [self.desc.seed as u32, i as u32, 0x7465_7874, 0];
             let word = crate::rng::threefry4x32::<{ crate::rng::ROUNDS }>([0; 4], key)[0];
@@ -279,7 +288,7 @@ impl Trainer {
         for (key, value) in [
             ("step", self.step as i64),
             ("loss_scale", self.exponent.into()),
-            ("steady", self.steady as i64),
+            ("steady_since", self.steady_since as i64),
             ("bad", self.bad.into()),
         ] {
             checkpoint.meta.insert(key.into(), value.to_string());
@@ -334,7 +343,7 @@ impl Trainer {
         }
         self.step = checkpoint.value("step")?;
         self.exponent = checkpoint.value("loss_scale")?;
-        self.steady = checkpoint.value("steady")?;
+        self.steady_since = checkpoint.value("steady_since")?;
         self.bad = checkpoint.value("bad")?;
         let mut stream = ctx.stream();
         let draws = Draws { seed: self.desc.seed, step: self.step as u32 + 1 };

@@ -1,6 +1,7 @@
 //! What the test files share: an oracle that is written another way than the crate, inputs, golden files.
 #![allow(dead_code)] // Each test binary uses its part.
 
+pub mod cli;
 pub mod engines;
 pub mod product;
 pub mod reference;

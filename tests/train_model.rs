@@ -1,0 +1,1083 @@
+//! The trainer on every engine (tests/common/engines.rs): the whole model against an f64 reference and its finite
+//! differences, linear layers in all recipes against the oracles of tests/common, and what a run promises: the same bits
+//! every time, from a checkpoint too.
+
+mod common;
+
+use std::collections::BTreeMap;
+
+use common::engines::{self, Form, PLAIN, Test};
+use common::product::{self, Interval, Lines};
+use common::{gaussian, narrowed, reference, to_f32, words};
+use libtest_mimic::{Failed, Trial};
+use microscaling::rng::{ROUNDS, threefry4x32};
+use microscaling::train::checkpoint::Checkpoint;
+use microscaling::train::linear::{Draws, LinearDesc, MxLinear};
+use microscaling::train::model::{Model, ModelDesc, Pass};
+use microscaling::train::recipe::{
+    Cast, Dense, Form as Format, Linear, LossScale, MomentType, PRESETS, Recipe, Round, Scale,
+    Signs,
+};
+use microscaling::train::trainer::{RunDesc, Trainer};
+use microscaling::{
+    Axis, Context, DType, Error, Layout, MxTensor, Options, QuantizeDesc, Rounding, Tensor, Tier,
+    wgpu,
+};
+use pollster::block_on;
+
+use DType::{BF16, F32};
+
+const SUITE: &[(&str, Test)] = &[
+    ("gradients_are_those_of_the_reference", gradients),
+    ("coarser_recipes_are_near_f32", coarser),
+    ("linear_layers_of_the_presets", presets),
+    ("linear_layers_of_other_recipes", combinations),
+    ("a_loss_scale_changes_no_bit", loss_scale),
+    ("every_preset_learns", learns),
+    ("a_run_goes_on_from_a_checkpoint", resumes),
+    ("divergence_is_an_error", diverges),
+];
+
+fn main() {
+    let forms = [Form {
+        what: PLAIN,
+        options: Options::default(),
+        steps: [1, 5],
+        needs: (wgpu::Features::empty(), ""),
+    }];
+    let alone = vec![
+        Trial::test("checkpoints_of_other_runs_are_refused", other_checkpoints),
+        Trial::test("text_is_generated_and_evaluated", generates),
+        Trial::test("the_loss_scale_adapts", loss_scale_adapts),
+        Trial::test("mismatches_are_errors", mismatches),
+        Trial::test("a_comparison_that_must_fail_fails", comparison_fails),
+    ];
+    engines::run(|_| SUITE.to_vec(), &forms, alone);
+}
+
+// ---- Helpers -------------------------------------------------------------------------------------------------------
+
+/// Small, with heads, tokens and columns in more than one block of 32 where that is cheap.
+fn small(layers: usize, mtp: usize) -> ModelDesc {
+    ModelDesc { vocabulary: 64, dim: 32, layers, heads: 2, ffn: 64, seq: 32, batch: 2, mtp }
+}
+
+fn recipe(name: &str) -> Recipe {
+    Recipe::preset(name).unwrap()
+}
+
+fn floats(ctx: &Context, x: &Tensor) -> Result<Vec<f32>, Error> {
+    Ok(to_f32(x.dtype(), &ctx.read_blocking(x)?))
+}
+
+/// A batch in which every token is another surprise.
+fn random_batch(desc: &ModelDesc, seed: u64) -> Vec<u32> {
+    let window = desc.seq + 1 + desc.mtp;
+    words(seed, desc.batch * window).iter().map(|w| w % desc.vocabulary as u32).collect()
+}
+
+/// Text of sixteen letters, each of which always follows the same other: nothing is left to guess but the first.
+fn letter(place: usize) -> u32 {
+    [3, 14, 9, 7, 1, 30, 12, 22, 5, 27, 18, 0, 25, 16, 11, 20][place % 16]
+}
+
+fn repetitive_batch(desc: &ModelDesc, step: u64) -> Vec<u32> {
+    let window = desc.seq + 1 + desc.mtp;
+    let starts = words(step, desc.batch);
+    starts.iter().flat_map(|s| (0..window).map(move |i| letter(*s as usize % 16 + i))).collect()
+}
+
+fn run_desc(recipe: Recipe, model: ModelDesc, steps: u64) -> RunDesc {
+    RunDesc { model, recipe, seed: 1 << 40 | 5, steps, data: "letters".into() }
+}
+
+/// The values of all parameters by name.
+type Values = BTreeMap<String, Vec<f64>>;
+
+fn widened(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|v| f64::from(*v)).collect()
+}
+
+/// Weights with which every part of the model matters: what kernels add and multiply is of order one.
+fn set_weights(ctx: &Context, model: &mut Model) -> Result<Values, Failed> {
+    let mut values = Values::new();
+    for (seed, p) in (100..).zip(&mut model.params) {
+        let [rows, cols] = p.value.shape();
+        let (mean, deviation) = match (rows, p.name.as_str()) {
+            (1, _) => (1.0, 0.2),
+            (_, "embedding") => (0.0, 1.0),
+            _ => (0.0, 1.0 / (cols as f32).sqrt()),
+        };
+        let normal = gaussian(seed, rows * cols);
+        let new: Vec<f32> = normal.iter().map(|v| mean + deviation * v).collect();
+        p.value = ctx.upload(F32, rows, cols, bytemuck::cast_slice(&new))?;
+        values.insert(p.name.clone(), widened(&new));
+    }
+    let mut stream = ctx.stream();
+    model.prepare(&mut stream, DRAWS)?;
+    ctx.submit(stream)?;
+    Ok(values)
+}
+
+const DRAWS: Draws = Draws { seed: 3 << 33 | 9, step: 4 };
+
+/// What a pass over a batch gives.
+struct Outcome {
+    losses: Vec<f64>,
+    grads: Values,
+    logits: Vec<f64>,
+}
+
+fn pass(ctx: &Context, model: &mut Model, batch: &[u32]) -> Result<Outcome, Failed> {
+    model.set_batch(batch)?;
+    let pass = Pass { draws: DRAWS, count: false };
+    let mut stream = ctx.stream();
+    model.record(&mut stream, pass, Some(1.0))?;
+    ctx.submit(stream)?;
+    let mut losses = Vec::new();
+    for loss in model.losses() {
+        losses.push(floats(ctx, loss)?[0].into());
+    }
+    let mut grads = Values::new();
+    for p in &model.params {
+        grads.insert(p.name.clone(), widened(&floats(ctx, &p.grad)?));
+    }
+    let mut stream = ctx.stream();
+    model.record(&mut stream, pass, None)?;
+    ctx.submit(stream)?;
+    let logits = widened(&floats(ctx, model.logits())?);
+    Ok(Outcome { losses, grads, logits })
+}
+
+// ---- The reference -------------------------------------------------------------------------------------------------
+
+/// x · wᵀ.
+fn times(x: &[f64], w: &[f64], k: usize) -> Vec<f64> {
+    x.chunks(k)
+        .flat_map(|x| w.chunks(k).map(|w| x.iter().zip(w).map(|(x, w)| x * w).sum::<f64>()))
+        .collect()
+}
+
+fn plus(a: &[f64], b: &[f64]) -> Vec<f64> {
+    a.iter().zip(b).map(|(a, b)| a + b).collect()
+}
+
+fn rms_norm(s: &[f64], gain: &[f64]) -> Vec<f64> {
+    s.chunks(gain.len())
+        .flat_map(|row| {
+            let mean = row.iter().map(|v| v * v).sum::<f64>() / row.len() as f64;
+            row.iter().zip(gain).map(move |(v, g)| v * g / (mean + 1e-5).sqrt())
+        })
+        .collect()
+}
+
+/// Causal attention of one head: q, k, v `[seq, d]`; q and k are turned as complex numbers, whose imaginary parts are their
+/// second halves.
+fn attention(q: &[f64], k: &[f64], v: &[f64], d: usize) -> Vec<f64> {
+    let turned = |x: &[f64]| -> Vec<f64> {
+        let mut out = x.to_vec();
+        for (place, row) in out.chunks_mut(d).enumerate() {
+            for i in 0..d / 2 {
+                let (re, im) = (row[i], row[i + d / 2]);
+                let angle = place as f64 / 10_000f64.powf(2.0 * i as f64 / d as f64);
+                row[i] = re * angle.cos() - im * angle.sin();
+                row[i + d / 2] = re * angle.sin() + im * angle.cos();
+            }
+        }
+        out
+    };
+    let (q, k) = (turned(q), turned(k));
+    let mut out = Vec::new();
+    for (i, q) in q.chunks(d).enumerate() {
+        let dot = |k: &[f64]| q.iter().zip(k).map(|(q, k)| q * k).sum::<f64>();
+        let weights: Vec<f64> =
+            k.chunks(d).take(i + 1).map(|k| (dot(k) / (d as f64).sqrt()).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        out.extend((0..d).map(|c| {
+            let terms = weights.iter().zip(v.chunks(d)).map(|(w, v)| w * v[c]);
+            terms.sum::<f64>() / sum
+        }));
+    }
+    out
+}
+
+/// The model in f64, from what it is said to be.
+struct Reference<'a> {
+    desc: &'a ModelDesc,
+    batch: &'a [u32],
+}
+
+impl Reference<'_> {
+    fn block(&self, values: &Values, name: &str, s: &[f64]) -> Vec<f64> {
+        let ModelDesc { dim, heads, ffn, seq, batch, .. } = *self.desc;
+        let value = |part: &str| &values[&format!("{name}.{part}")][..];
+        let qkv = times(&rms_norm(s, value("norm1")), value("qkv"), dim);
+        let d = dim / heads;
+        let mut attended = vec![0.0; s.len()];
+        for sequence in 0..batch {
+            for head in 0..heads {
+                let part = |third: usize| -> Vec<f64> {
+                    let rows = qkv.chunks(3 * dim).skip(sequence * seq).take(seq);
+                    rows.flat_map(|row| row[third * dim + head * d..][..d].to_vec()).collect()
+                };
+                let out = attention(&part(0), &part(1), &part(2), d);
+                for (i, out) in out.chunks(d).enumerate() {
+                    attended[(sequence * seq + i) * dim + head * d..][..d].copy_from_slice(out);
+                }
+            }
+        }
+        let s = plus(s, &times(&attended, value("out"), dim));
+        let gate_up = times(&rms_norm(&s, value("norm2")), value("gate_up"), dim);
+        let h: Vec<f64> = gate_up
+            .chunks(2 * ffn)
+            .flat_map(|row| (0..ffn).map(|i| row[i] / (1.0 + (-row[i]).exp()) * row[ffn + i]))
+            .collect();
+        plus(&s, &times(&h, value("down"), ffn))
+    }
+
+    /// The mean loss and the logits; head 0 predicts the next token, each further one a token more.
+    fn head(&self, values: &Values, norm: &str, s: &[f64], number: usize) -> (f64, Vec<f64>) {
+        let ModelDesc { dim, vocabulary, seq, mtp, .. } = *self.desc;
+        let logits = times(&rms_norm(s, &values[norm]), &values["head"], dim);
+        let mut loss = 0.0;
+        for (t, row) in logits.chunks(vocabulary).enumerate() {
+            let window = &self.batch[t / seq * (seq + 1 + mtp)..];
+            let target = window[t % seq + 1 + number] as usize;
+            loss += row.iter().map(|v| v.exp()).sum::<f64>().ln() - row[target];
+        }
+        (loss / self.desc.tokens() as f64, logits)
+    }
+
+    /// All heads' losses and the main one's logits.
+    fn forward(&self, values: &Values) -> (Vec<f64>, Vec<f64>) {
+        let ModelDesc { dim, layers, seq, mtp, .. } = *self.desc;
+        let windows = self.batch.chunks(seq + 1 + mtp);
+        let inputs = windows.flat_map(|window| &window[..seq]);
+        let mut s: Vec<f64> =
+            inputs.flat_map(|t| values["embedding"][*t as usize * dim..][..dim].to_vec()).collect();
+        for layer in 0..layers {
+            s = self.block(values, &format!("blocks.{layer}"), &s);
+        }
+        let (loss, logits) = self.head(values, "final.norm", &s, 0);
+        let mut losses = vec![loss];
+        for i in 0..mtp {
+            let s = self.block(values, &format!("mtp.{i}"), &s);
+            losses.push(self.head(values, &format!("mtp.{i}.final.norm"), &s, i + 1).0);
+        }
+        (losses, logits)
+    }
+
+    /// What gradients are of.
+    fn total(&self, values: &Values) -> f64 {
+        let (losses, _) = self.forward(values);
+        losses[0] + 0.3 * losses[1..].iter().sum::<f64>() / losses[1..].len().max(1) as f64
+    }
+
+    /// The derivative of the total along a direction of one parameter, by a central difference: its error is of order
+    /// h² = 10⁻⁹ of the third derivative, and 10⁻¹⁵ / h of the loss.
+    fn derivative(&self, values: &mut Values, name: &str, direction: &[(usize, f64)]) -> f64 {
+        const H: f64 = 3e-5;
+        let before = values[name].clone();
+        let mut at = |h: f64| {
+            let value = values.get_mut(name).unwrap();
+            value.copy_from_slice(&before);
+            direction.iter().for_each(|(i, d)| value[*i] += h * d);
+            self.total(values)
+        };
+        let derivative = (at(H) - at(-H)) / (2.0 * H);
+        values.insert(name.into(), before);
+        derivative
+    }
+}
+
+fn norm(x: &[f64]) -> f64 {
+    x.iter().map(|v| v * v).sum::<f64>().sqrt()
+}
+
+/// Compares with the reference. Every stage (a kernel that sums) on the way from the tokens to a gradient is off by at most
+/// n · 2^-24, relative to the terms of its sums, of which there are n = 96 at most, plus eight units for what WGSL allows
+/// exp, square root and division. With weights of order one no stage makes the error before it much larger, and a block has
+/// nine stages each way. What is compared with is the root mean square of the tensor beside the element itself.
+fn check(desc: &ModelDesc, batch: &[u32], values: &mut Values, got: &Outcome) {
+    let stages = 18 * (desc.layers + desc.mtp) + 6;
+    let bound = stages as f64 * (96.0 + 8.0) * 2f64.powi(-24);
+    let reference = Reference { desc, batch };
+    let (losses, logits) = reference.forward(values);
+    assert_eq!(got.losses.len(), 1 + desc.mtp);
+    let mut worst = 0f64;
+    let mut near = |what: &str, got: f64, want: f64, size: f64| {
+        let (off, allowed) = ((got - want).abs(), bound * (size + want.abs()));
+        assert!(off <= allowed, "{what}: {got:e}, want {want:e}, off by {off:e} of {allowed:e}");
+        worst = worst.max(off / allowed);
+    };
+    for (i, (got, want)) in got.losses.iter().zip(&losses).enumerate() {
+        near(&format!("loss {i}"), *got, *want, 0.0);
+    }
+    let rms = |x: &[f64]| norm(x) / (x.len() as f64).sqrt();
+    assert_eq!(got.logits.len(), logits.len());
+    for (i, (got, want)) in got.logits.iter().zip(&logits).enumerate() {
+        near(&format!("logit {i}"), *got, *want, rms(&logits));
+    }
+    assert_eq!(got.grads.len(), 3 + 6 * desc.layers + 7 * desc.mtp);
+    for (seed, (name, grad)) in (0..).zip(&got.grads) {
+        // All elements at once, along a random direction of length one; then the largest and some others.
+        let direction: Vec<f64> = widened(&gaussian(seed, grad.len()));
+        let length = norm(&direction);
+        let all: Vec<_> = direction.iter().map(|d| d / length).enumerate().collect();
+        let along: f64 = all.iter().map(|(i, d)| grad[*i] * d).sum();
+        near(name, along, reference.derivative(values, name, &all), norm(grad));
+        let largest = (0..grad.len()).max_by(|a, b| grad[*a].abs().total_cmp(&grad[*b].abs()));
+        let mut sample: Vec<usize> =
+            words(seed, 3).iter().map(|w| *w as usize % grad.len()).collect();
+        sample.extend(largest);
+        for i in sample {
+            let want = reference.derivative(values, name, &[(i, 1.0)]);
+            near(&format!("{name} {i}"), grad[i], want, rms(grad));
+        }
+    }
+    // Not so wide that nothing could be outside.
+    assert!(worst > 1e-4, "{worst:e}");
+}
+
+fn gradients(ctx: &Context, _: usize) -> Result<(), Failed> {
+    for (layers, mtp, batch) in [(2, 0, 1), (1, 2, 2)] {
+        let desc = ModelDesc { batch, ..small(layers, mtp) };
+        let mut model = Model::new(ctx, &desc, &recipe("f32"), 1)?;
+        let mut values = set_weights(ctx, &mut model)?;
+        let batch = random_batch(&desc, 77);
+        let got = pass(ctx, &mut model, &batch)?;
+        check(&desc, &batch, &mut values, &got);
+    }
+    Ok(())
+}
+
+/// A gradient that is wrong by one in a thousand must show, in each parameter.
+fn comparison_fails() -> Result<(), Failed> {
+    let ctx = Context::cpu();
+    let desc = ModelDesc { batch: 1, ..small(1, 0) };
+    let mut model = Model::new(&ctx, &desc, &recipe("f32"), 1)?;
+    let values = set_weights(&ctx, &mut model)?;
+    let batch = random_batch(&desc, 77);
+    for name in values.keys() {
+        let mut got = pass(&ctx, &mut model, &batch)?;
+        let grad = got.grads.get_mut(name).unwrap();
+        grad.iter_mut().for_each(|g| *g *= 1.001);
+        let mut values = values.clone();
+        let (desc, batch) = (desc.clone(), batch.clone());
+        let fails = std::panic::catch_unwind(move || check(&desc, &batch, &mut values, &got));
+        assert!(fails.is_err(), "{name}: a wrong gradient passes");
+    }
+    Ok(())
+}
+
+/// Gradients of a recipe, against f32's of the same engine, and those of the CPU engine with the same draws. Bounds are on
+/// the distance relative to the norm, of each parameter.
+///
+/// - bf16 rounds to one part in 2⁹, a dozen times on the way: within 3%. Between engines the sums in f32 differ, and a value
+///   near a tie falls to the other side: a bf16 unit, 2^-8, in a few of them; within 1%.
+/// - MXFP4 adds noise of 0.013 (to nearest) to 0.027 (stochastic) of the energy with each quantized operand. In two layers
+///   are eight products forward and as many back to the first, of two operands each: √(32 · 0.02) = 0.8, if these were all
+///   on every way and independent, and half as much again to spare. Between engines a value near a tie, or near
+///   its random threshold, becomes the next element; that is rare, and what follows from it is not: within 20%.
+fn coarser(ctx: &Context, step: usize) -> Result<(), Failed> {
+    let desc = small(if step > 1 { 1 } else { 2 }, 0);
+    let batch = random_batch(&desc, 5);
+    let run = |ctx: &Context, name: &str| -> Result<Outcome, Failed> {
+        let mut model = Model::new(ctx, &desc, &recipe(name), 1)?;
+        set_weights(ctx, &mut model)?;
+        pass(ctx, &mut model, &batch)
+    };
+    let cpu = Context::cpu();
+    let plain = run(&cpu, "f32")?;
+    for (name, loss, from_f32, from_cpu) in [("bf16", 0.005, 0.03, 0.01), ("mxfp4", 0.1, 1.2, 0.2)]
+    {
+        let got = run(ctx, name)?;
+        let same = run(&cpu, name)?;
+        let off = |other: &Outcome| (got.losses[0] / other.losses[0] - 1.0).abs();
+        assert!(off(&plain) < loss, "{name}: loss {} {}", got.losses[0], plain.losses[0]);
+        assert!(off(&same) < from_cpu / 10.0, "{name}: loss {} {}", got.losses[0], same.losses[0]);
+        for (what, grad) in &got.grads {
+            let distance = |other: &Outcome| {
+                let other = &other.grads[what];
+                let difference: Vec<f64> = grad.iter().zip(other).map(|(a, b)| a - b).collect();
+                norm(&difference) / norm(other)
+            };
+            let far = [distance(&plain), distance(&same)];
+            assert!(far[0] < from_f32, "{name} {what}: {} from f32", far[0]);
+            assert!(far[1] < from_cpu, "{name} {what}: {} from the CPU engine", far[1]);
+            // It is another recipe. (Gradients of the embedding and gains are little else.)
+            assert!(far[0] > 1e-4, "{name} {what}: as f32");
+        }
+    }
+    Ok(())
+}
+
+// ---- Linear layers -------------------------------------------------------------------------------------------------
+
+const ROWS: usize = 64;
+const N: usize = 96;
+const K: usize = 64;
+const LAYER: u32 = 7;
+
+/// Normal numbers that are multiples of 2⁻⁸, or in f32 of 2⁻¹², below 8: sums of a hundred are exact, in f32 and f64.
+fn grid(dtype: DType, seed: u64, n: usize) -> Vec<f32> {
+    let unit = if dtype == BF16 { 256.0 } else { 4096.0 };
+    let values: Vec<f32> = gaussian(seed, n).iter().map(|v| (v * unit).round() / unit).collect();
+    to_f32(dtype, &narrowed(dtype, &values))
+}
+
+/// Each group of `size` neighbours along the axis times its signs, times Sylvester's matrix, over 2ᵖ ≥ √size.
+fn transformed(
+    x: &[f32],
+    [rows, cols]: [usize; 2],
+    axis: Axis,
+    size: usize,
+    signs: [u32; 4],
+) -> Vec<f32> {
+    let power = f64::from(1 << size.ilog2().div_ceil(2));
+    let mut out = vec![0.0; x.len()];
+    for row in 0..rows {
+        for col in 0..cols {
+            let (place, pitch) = if axis == Axis::One { (col, 1) } else { (row, cols) };
+            let (i, first) = (place % size, row * cols + col - place % size * pitch);
+            let mut sum = 0.0;
+            for j in 0..size {
+                let sign = signs[j / 32] >> (j % 32) & 1;
+                let entry =
+                    if ((i & j).count_ones() + sign).is_multiple_of(2) { 1.0 } else { -1.0 };
+                sum += entry * f64::from(x[first + j * pitch]);
+            }
+            let value = sum / power;
+            out[row * cols + col] = value as f32;
+            assert_eq!(f64::from(value as f32), value, "the test's input is too fine");
+        }
+    }
+    out
+}
+
+/// An operand as its cast makes it, contracted along `axis` of the dense tensor; `product` and `operand` are its places in
+/// the layer's random streams.
+fn operand(
+    x: &[f32],
+    [rows, cols]: [usize; 2],
+    from: DType,
+    cast: &Cast,
+    axis: Axis,
+    [product, operand]: [u64; 2],
+) -> Lines {
+    let spec = match cast.form().unwrap() {
+        Format::Dense(to) => {
+            let to = if from == BF16 { BF16 } else { to };
+            let values = to_f32(to, &narrowed(to, x));
+            return Lines::dense(&values, [rows, cols], axis == Axis::Zero);
+        }
+        Format::Mx(spec) => spec,
+    };
+    let place = u64::from(LAYER) << 8 | product;
+    let seed = match cast.signs {
+        None | Some(Signs::None) => None,
+        Some(Signs::Fixed) => Some(DRAWS.seed ^ place),
+        Some(Signs::Step) => Some(DRAWS.seed ^ place ^ u64::from(DRAWS.step) << 32),
+    };
+    let signs = seed.map_or([0; 4], |seed| {
+        threefry4x32::<ROUNDS>([0, 0, 1, 0], [seed as u32, (seed >> 32) as u32, 0, 0])
+    });
+    let x = match cast.hadamard {
+        Some(size) => transformed(x, [rows, cols], axis, size as usize, signs),
+        None => x.to_vec(),
+    };
+    let desc = QuantizeDesc {
+        spec,
+        axis,
+        scale_rule: cast.scale.map(Into::into),
+        rounding: match cast.rounding {
+            Round::Nearest => Rounding::NearestEven,
+            Round::Stochastic => Rounding::Stochastic {
+                seed: DRAWS.seed,
+                stream: 1 << 63 | u64::from(DRAWS.step) << 32 | u64::from(LAYER) << 8 | operand,
+            },
+        },
+        tensor_scale: None,
+    };
+    let q = reference::quantize(&x, rows, cols, &desc);
+    let codes = reference::pack(spec.element.bits(), &q.codes);
+    let layout = Layout::new(spec, axis, rows, cols).unwrap();
+    Lines::mx(&MxTensor::from_parts(layout, codes, q.scales, q.tensor_scale).unwrap(), false)
+}
+
+/// 4ᵖ / size.
+fn gain(cast: &Cast) -> f32 {
+    cast.hadamard.map_or(1.0, |size| (1 << (2 * size.ilog2().div_ceil(2))) as f32 / size as f32)
+}
+
+/// The magnitude at a quantile, of bf16 values.
+fn clipped(x: &[f32], dtype: DType, clip: Option<f64>) -> Vec<f32> {
+    let Some(quantile) = clip else { return x.to_vec() };
+    assert_eq!(dtype, BF16);
+    let mut magnitudes: Vec<f32> = x.iter().map(|v| v.abs()).collect();
+    magnitudes.sort_by(f32::total_cmp);
+    // The smallest one that leaves no more than this many above it.
+    let above = ((1.0 - quantile) * x.len() as f64 + 1e-9).floor() as usize;
+    let limit = magnitudes[x.len() - 1 - above];
+    x.iter().map(|v| v.clamp(-limit, limit)).collect()
+}
+
+/// The types of X, W, dY; Y and dX are of X's.
+type Types = [DType; 3];
+
+/// All three products of a layer against the oracle.
+fn check_linear(
+    ctx: &Context,
+    what: &str,
+    linear: &Linear,
+    [x_type, w_type, dy_type]: Types,
+) -> Result<(), Failed> {
+    let (mut x, w, dy) =
+        (grid(x_type, 1, ROWS * K), grid(w_type, 2, N * K), grid(dy_type, 3, ROWS * N));
+    // Columns that are apart from the rest, for outliers and clips.
+    for row in x.chunks_mut(K) {
+        [5, 40, 33, 62].iter().for_each(|c| row[*c] *= 4.0);
+    }
+    let upload =
+        |dtype, rows, cols, values: &[f32]| ctx.upload(dtype, rows, cols, &narrowed(dtype, values));
+    let (xt, wt, dyt) =
+        (upload(x_type, ROWS, K, &x)?, upload(w_type, N, K, &w)?, upload(dy_type, ROWS, N, &dy)?);
+    let desc = LinearDesc {
+        rows: ROWS,
+        n: N,
+        k: K,
+        x: x_type,
+        w: w_type,
+        y: x_type,
+        dy: dy_type,
+        dx: x_type,
+    };
+    let mut layer = MxLinear::new(ctx, &desc, linear, LAYER, false)?;
+    let nan = |dtype, rows, cols| upload(dtype, rows, cols, &vec![f32::NAN; rows * cols]);
+    let (mut y, mut dx, mut dw) = (nan(x_type, ROWS, N)?, nan(x_type, ROWS, K)?, nan(F32, N, K)?);
+    let mut stream = ctx.stream();
+    layer.prepare(&mut stream, &wt, DRAWS)?;
+    layer.forward(&mut stream, &xt, &wt, &mut y, DRAWS, None)?;
+    let kept = layer.keeps_x().then_some(&xt);
+    layer.backward(&mut stream, kept, &wt, &dyt, &mut dx, &mut dw, DRAWS, None)?;
+    ctx.submit(stream)?;
+
+    let Linear { forward, dgrad, wgrad } = linear;
+    let (xs, ws, ys) = ([ROWS, K], [N, K], [ROWS, N]);
+    let mut main = clipped(&x, x_type, forward.x.clip);
+    let mut apart: Vec<usize> = Vec::new();
+    if let Some(n) = forward.x.outliers {
+        let amax = |c: &usize| x.iter().skip(*c).step_by(K).fold(0f32, |a, v| a.max(v.abs()));
+        apart = (0..K).collect();
+        apart.sort_by(|a, b| amax(b).total_cmp(&amax(a)));
+        apart.truncate(n);
+        main.iter_mut().enumerate().for_each(|(i, v)| {
+            if apart.contains(&(i % K)) {
+                *v = 0.0;
+            }
+        });
+    }
+    let [ft, dt, wgt] = layer.tiers();
+    let a = operand(&main, xs, x_type, &forward.x, Axis::One, [0, 0]);
+    let b = operand(&w, ws, w_type, &forward.w, Axis::One, [0, 9]);
+    let mut want = product::product(ft, &a, &b, gain(&forward.x));
+    let mut exact = ft == Tier::Exact;
+    if !apart.is_empty() {
+        let columns = |x: &[f32], rows: usize, dtype: DType| {
+            let values: Vec<f32> =
+                (0..rows).flat_map(|row| apart.iter().map(move |c| x[row * K + c])).collect();
+            let values = to_f32(dtype, &narrowed(dtype, &values));
+            Lines::dense(&values, [rows, apart.len()], false)
+        };
+        let w_type = if w_type == BF16 { BF16 } else { x_type };
+        let side =
+            product::product(Tier::Alu, &columns(&x, ROWS, x_type), &columns(&w, N, w_type), 1.0);
+        // The first product is rounded to Y's type before the second is added to it.
+        let unit = if x_type == BF16 { 2f64.powi(-8) } else { 2f64.powi(-23) };
+        for (want, side) in want.iter_mut().zip(side) {
+            let sum = |a: f32, b: f32, sign: f64| {
+                let (a, b) = (f64::from(a), f64::from(b));
+                (a + b + sign * unit * (a.abs() + (a + b).abs())) as f32
+            };
+            *want = [sum(want[0], side[0], -1.0), sum(want[1], side[1], 1.0)];
+        }
+        exact = false;
+    }
+    let report = |part: &str, got: Result<(), String>| {
+        got.map_err(|error| format!("{what} {part}: {error}"))
+    };
+    let compare =
+        |part, dtype, exact, tensor: &Tensor, want: &[Interval], n| -> Result<(), Failed> {
+            Ok(report(part, product::compare(dtype, exact, &ctx.read_blocking(tensor)?, want, n))?)
+        };
+    compare("forward", x_type, exact, &y, &want, N)?;
+    let clip = |cast: &Cast| clipped(&dy, dy_type, cast.clip);
+    let a = operand(&clip(&dgrad.dy), ys, dy_type, &dgrad.dy, Axis::One, [1, 2]);
+    let b = operand(&w, ws, w_type, &dgrad.w, Axis::Zero, [1, 9]);
+    let want = product::product(dt, &a, &b, gain(&dgrad.dy));
+    compare("dgrad", x_type, dt == Tier::Exact, &dx, &want, K)?;
+    let x = clipped(&x, x_type, wgrad.x.clip);
+    let a = operand(&clip(&wgrad.dy), ys, dy_type, &wgrad.dy, Axis::Zero, [2, 3]);
+    let b = operand(&x, xs, x_type, &wgrad.x, Axis::Zero, [2, 1]);
+    let want = product::product(wgt, &a, &b, gain(&wgrad.dy));
+    compare("wgrad", F32, wgt == Tier::Exact, &dw, &want, K)
+}
+
+fn presets(ctx: &Context, step: usize) -> Result<(), Failed> {
+    let names =
+        ["mxfp4", "naive", "mixed", "nvfp4", "mxfp8", "mxfp4-backward", "bf16", "f32", "mxfp4"];
+    for (i, name) in names.into_iter().enumerate().step_by(step) {
+        let dy = [BF16, F32][i % 2];
+        let (x, w) = if name == "f32" { (F32, F32) } else { (BF16, F32) };
+        check_linear(ctx, name, &recipe(name).linear, [x, w, dy])?;
+    }
+    Ok(())
+}
+
+/// Dense and packed in other pairs than the presets', clips, outliers, weights in bf16.
+fn combinations(ctx: &Context, step: usize) -> Result<(), Failed> {
+    let mxfp4 = recipe("mxfp4").linear;
+    let dense = |name| Linear::dense(name);
+    let outliers = |linear: &Linear| {
+        let mut linear = linear.clone();
+        linear.forward.x.outliers = Some(4);
+        linear
+    };
+    let clip = |sides: [Option<f64>; 4]| {
+        let mut linear = mxfp4.clone();
+        let Linear { forward, dgrad, wgrad } = &mut linear;
+        let casts = [&mut forward.x, &mut wgrad.x, &mut dgrad.dy, &mut wgrad.dy];
+        casts.into_iter().zip(sides).for_each(|(cast, clip)| cast.clip = clip);
+        linear
+    };
+    let transformed = {
+        let mut linear = mxfp4.clone();
+        let cast = Cast::plain("mxfp8-e4m3").scaled(Scale::Even).hadamard(64, Signs::None);
+        linear.forward.x = cast.clone();
+        linear.forward.w = Cast { format: "mxfp6-e2m3".into(), ..cast };
+        linear
+    };
+    let cases: Vec<(&str, Linear, Types)> = vec![
+        // The first is for software drivers.
+        ("outliers", outliers(&mxfp4), [BF16, F32, BF16]),
+        (
+            "packed, then dense",
+            Linear { wgrad: dense("bf16").wgrad, ..mxfp4.clone() },
+            [BF16, F32, BF16],
+        ),
+        (
+            "dense, then packed",
+            Linear { forward: dense("bf16").forward, ..mxfp4.clone() },
+            [BF16, F32, BF16],
+        ),
+        (
+            "packed from f32, then bf16",
+            Linear { wgrad: dense("bf16").wgrad, ..mxfp4.clone() },
+            [F32, F32, F32],
+        ),
+        ("bf16 from f32 for both", dense("bf16"), [F32, F32, F32]),
+        ("bf16, then f32", Linear { wgrad: dense("f32").wgrad, ..dense("bf16") }, [F32, F32, F32]),
+        (
+            "dense dgrad alone",
+            Linear { dgrad: dense("bf16").dgrad, ..mxfp4.clone() },
+            [BF16, F32, F32],
+        ),
+        ("outliers of f32", outliers(&mxfp4), [F32, F32, F32]),
+        ("outliers, bf16 weights", outliers(&mxfp4), [F32, BF16, F32]),
+        ("bf16 weights", mxfp4.clone(), [BF16, BF16, BF16]),
+        ("bf16 weights as f32", dense("f32"), [F32, BF16, F32]),
+        ("bf16 weights as bf16", dense("bf16"), [BF16, BF16, F32]),
+        ("clips", clip([Some(0.9), Some(0.9), Some(0.95), Some(0.95)]), [BF16, F32, BF16]),
+        ("clip of forward", clip([Some(0.9), None, None, None]), [BF16, F32, BF16]),
+        ("clip of wgrad", clip([None, Some(0.8), None, Some(0.9)]), [BF16, F32, BF16]),
+        ("clip of dgrad", clip([None, None, Some(0.9), None]), [BF16, F32, BF16]),
+        (
+            "outliers and clips",
+            outliers(&clip([Some(0.99), Some(0.99), None, None])),
+            [BF16, F32, BF16],
+        ),
+        ("another transform", transformed, [BF16, F32, BF16]),
+    ];
+    let few = if step > 1 { 1 } else { cases.len() };
+    for (what, linear, types) in &cases[..few] {
+        check_linear(ctx, what, linear, *types)?;
+    }
+    Ok(())
+}
+
+// ---- Runs ----------------------------------------------------------------------------------------------------------
+
+/// Everything that a step leaves, as bits.
+fn state(trainer: &Trainer) -> Result<Checkpoint, Error> {
+    block_on(trainer.checkpoint())
+}
+
+fn grads(ctx: &Context, trainer: &Trainer) -> Result<Vec<Vec<f32>>, Error> {
+    trainer.model.params.iter().map(|p| floats(ctx, &p.grad)).collect()
+}
+
+/// Block scales and bf16 follow a power of two exactly, so that the same codes come out: gradients are multiplied by it, and
+/// everything else keeps its bits.
+fn loss_scale(ctx: &Context, _: usize) -> Result<(), Failed> {
+    let desc = small(1, 0);
+    let run = |exponent: i32| -> Result<(Vec<Vec<f32>>, Checkpoint), Failed> {
+        let mut recipe = recipe("mxfp4");
+        recipe.loss_scale.initial = exponent;
+        let mut trainer = Trainer::new(ctx, &run_desc(recipe, desc.clone(), 10))?;
+        for step in 0..2 {
+            trainer.train(&repetitive_batch(&desc, step), false)?;
+        }
+        Ok((grads(ctx, &trainer)?, state(&trainer)?))
+    };
+    let (plain, weights) = run(0)?;
+    assert!(plain.iter().all(|grad| grad.iter().any(|g| *g != 0.0)));
+    for exponent in [13, -9] {
+        let (scaled, other) = run(exponent)?;
+        for (a, b) in plain.iter().flatten().zip(scaled.iter().flatten()) {
+            assert_eq!((a * 2f32.powi(exponent)).to_bits(), b.to_bits(), "2^{exponent}: {a} {b}");
+        }
+        assert!(weights.tensors == other.tensors, "2^{exponent}: weights or moments differ");
+    }
+    Ok(())
+}
+
+fn learner() -> ModelDesc {
+    ModelDesc { vocabulary: 32, batch: 4, ..small(1, 0) }
+}
+
+/// A rate at which thirty steps do much.
+fn quick(mut recipe: Recipe) -> Recipe {
+    recipe.optimizer.lr = 2e-2;
+    recipe
+}
+
+fn learns(ctx: &Context, step: usize) -> Result<(), Failed> {
+    let desc = learner();
+    // Of sixteen letters that are equally frequent.
+    let unigram = 16f64.ln();
+    let mut names: Vec<&str> = PRESETS.to_vec();
+    names.sort_by_key(|name| *name != "mxfp4");
+    for name in &names[..if step > 1 { 1 } else { names.len() }] {
+        let mut trainer = Trainer::new(ctx, &run_desc(quick(recipe(name)), desc.clone(), 30))?;
+        for step in 0..30 {
+            trainer.train(&repetitive_batch(&desc, step), step == 29)?;
+        }
+        let status = block_on(trainer.status())?;
+        assert!(
+            status.taken && status.norm > 0.0 && status.loss < 0.5 * unigram,
+            "{name}: {status:?}"
+        );
+        let shares = block_on(trainer.shares())?;
+        for shares in shares {
+            assert!(shares.nonfinite == 0.0 && shares.clipped < 0.1, "{name}: {shares:?}");
+        }
+        // What is cast to fewer bits loses something, and is counted.
+        let lossy = shares.map(|s| s.underflowed > 0.0);
+        let packs = [!["f32", "bf16"].contains(name); 2];
+        assert!(lossy == packs, "{name}: {shares:?}");
+    }
+    Ok(())
+}
+
+/// Ten steps are five, a file, and five more; nothing else happens in between, and reading changes nothing.
+fn resumes(ctx: &Context, step: usize) -> Result<(), Failed> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("state.safetensors");
+    let desc = small(1, 1);
+    let mut eight = recipe("nvfp4");
+    eight.optimizer.moments = MomentType::Fp8;
+    eight.optimizer.master = Dense::Bf16;
+    let mut half = recipe("f32");
+    half.optimizer.moments = MomentType::Bf16;
+    half.optimizer.master = Dense::Bf16;
+    let recipes = [recipe("mxfp4"), eight, half, recipe("bf16")];
+    for recipe in &recipes[..if step > 1 { 1 } else { recipes.len() }] {
+        let run = run_desc(recipe.clone(), desc.clone(), 10);
+        let batch = |step| repetitive_batch(&desc, step);
+        let mut whole = Trainer::new(ctx, &run)?;
+        for step in 0..10 {
+            whole.train(&batch(step), step % 3 == 0)?;
+        }
+        let mut first = Trainer::new(ctx, &run)?;
+        for step in 0..5 {
+            first.train(&batch(step), false)?;
+            block_on(first.status())?;
+        }
+        block_on(first.evaluate([batch(50), batch(51)].into_iter()))?;
+        state(&first)?.save(&path)?;
+        drop(first);
+        let mut second = Trainer::new(ctx, &run)?;
+        second.restore(Checkpoint::load(&path)?)?;
+        assert_eq!(second.step(), 5);
+        // What was saved is what was restored.
+        assert!(state(&second)? == Checkpoint::load(&path)?, "{}", recipe.name);
+        for step in 5..10 {
+            second.train(&batch(step), step == 9)?;
+        }
+        let [a, b] = [block_on(whole.status())?, block_on(second.status())?];
+        assert_eq!(a, b, "{}", recipe.name);
+        assert!(block_on(whole.shares())? == block_on(second.shares())?);
+        let (a, b) = (state(&whole)?, state(&second)?);
+        for (name, tensor) in &a.tensors {
+            assert!(b.tensors.get(name) == Some(tensor), "{}: {name} differs", recipe.name);
+        }
+        assert_eq!(a.meta, b.meta);
+        if step == 1 {
+            let other = RunDesc { seed: 6, ..run };
+            let mut other = Trainer::new(ctx, &other)?;
+            other.train(&batch(0), false)?;
+            assert!(state(&other)?.tensors != a.tensors);
+        }
+    }
+    Ok(())
+}
+
+/// Weights of 10¹⁵ make scores that overflow, and the loss NaN. Those of 10³⁰ overflow in the norms, whose outputs are then
+/// zero: the loss is that of equal logits, but its gradient is not finite whatever the scale.
+fn diverges(ctx: &Context, step: usize) -> Result<(), Failed> {
+    let desc = learner();
+    let cases =
+        [("f32", 1e15, "the loss is "), ("mxfp4", 1e15, "the loss is "), ("f32", 1e30, "20")];
+    for (name, lr, says) in cases.into_iter().take(if step > 1 { 1 } else { 3 }) {
+        let mut recipe = recipe(name);
+        recipe.optimizer.lr = lr;
+        let mut trainer = Trainer::new(ctx, &run_desc(recipe, desc.clone(), 40))?;
+        let error = (0..40).find_map(|step| {
+            trainer.train(&repetitive_batch(&desc, step), false).unwrap();
+            block_on(trainer.status()).err()
+        });
+        let Some(Error::Diverged { step, what }) = &error else {
+            return Err(format!("{name}: {error:?}").into());
+        };
+        assert!((2..30).contains(step) && what.contains(says), "{name} {step} {what}");
+        let error = error.unwrap().to_string();
+        assert!(error.contains(&format!("step {}: ", trainer.step())), "{error}");
+    }
+    Ok(())
+}
+
+// ---- On the CPU engine alone ---------------------------------------------------------------------------------------
+
+fn other_checkpoints() -> Result<(), Failed> {
+    let ctx = Context::cpu();
+    let run = run_desc(recipe("mxfp4"), small(1, 0), 10);
+    let trainer = Trainer::new(&ctx, &run)?;
+    let checkpoint = state(&trainer)?;
+    let with = |change: fn(&mut RunDesc)| {
+        let mut other = run.clone();
+        change(&mut other);
+        other
+    };
+    let cases: [(&str, &[&str], RunDesc); 6] = [
+        ("model", &["layers: 1", "layers: 2"], with(|run| run.model.layers = 2)),
+        ("recipe", &["naive"], with(|run| run.recipe = recipe("naive"))),
+        ("recipe", &["lr = 0.5"], with(|run| run.recipe.optimizer.lr = 0.5)),
+        ("seed", &["1099511627781", "8"], with(|run| run.seed = 8)),
+        ("steps", &["10", "11"], with(|run| run.steps = 11)),
+        ("data", &["letters", "digits"], with(|run| run.data = "digits".into())),
+    ];
+    for (key, says, other) in cases {
+        let mut other = Trainer::new(&ctx, &other)?;
+        let before = state(&other)?;
+        let error = other.restore(checkpoint.clone()).unwrap_err().to_string();
+        assert!(error.contains(&format!("its {key} is")), "{key}: {error}");
+        assert!(says.iter().all(|text| error.contains(text)), "{key}: {error}");
+        assert!(state(&other)? == before, "{key}: it was changed");
+    }
+    let mut trainer = trainer;
+    let mut fails = |checkpoint: Checkpoint, says: &[&str]| {
+        let error = trainer.restore(checkpoint).unwrap_err().to_string();
+        assert!(says.iter().all(|text| error.contains(text)), "{error}");
+    };
+    let mut lacking = checkpoint.clone();
+    lacking.tensors.remove("blocks.0.qkv");
+    fails(lacking, &["no tensor", "blocks.0.qkv"]);
+    let mut lacking = checkpoint.clone();
+    lacking.meta.remove("step");
+    fails(lacking, &["no metadata \"step\""]);
+    let mut wrong = checkpoint.clone();
+    let bytes = wrong.tensors.remove("head").unwrap().data.into_owned();
+    wrong.insert("head", microscaling::train::checkpoint::Dtype::F32, &[32, 64], bytes)?;
+    fails(wrong, &["head", "[32, 64]", "[64, 32]"]);
+    fails(Checkpoint::default(), &["no metadata"]);
+
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("cut.safetensors");
+    checkpoint.save(&path)?;
+    let bytes = std::fs::read(&path)?;
+    std::fs::write(&path, &bytes[..bytes.len() / 2])?;
+    let error = Checkpoint::load(&path).unwrap_err().to_string();
+    assert!(error.contains("cut short") && error.contains("cut.safetensors"), "{error}");
+    Ok(())
+}
+
+/// A model that has learnt the letters goes on with them.
+fn generates() -> Result<(), Failed> {
+    let ctx = Context::cpu();
+    let desc = learner();
+    let mut trainer = Trainer::new(&ctx, &run_desc(quick(recipe("f32")), desc.clone(), 40))?;
+    for step in 0..40 {
+        trainer.train(&repetitive_batch(&desc, step), false)?;
+    }
+    let before = state(&trainer)?;
+    let text =
+        |from: usize, n: usize| -> Vec<u8> { (from..from + n).map(|i| letter(i) as u8).collect() };
+    // Longer than a sequence, in the end.
+    for temperature in [0.0, 0.1] {
+        assert_eq!(block_on(trainer.generate(&text(3, 7), 40, temperature))?, text(10, 40));
+    }
+    let hot = block_on(trainer.generate(&text(3, 7), 40, 50.0))?;
+    assert!(hot != text(10, 40) && hot.iter().all(|byte| *byte < 32));
+    assert_eq!(block_on(trainer.generate(&text(3, 7), 40, 50.0))?, hot);
+    assert_eq!(block_on(trainer.generate(b"", 2, 1.0))?.len(), 2);
+
+    let batches = [repetitive_batch(&desc, 90), random_batch(&desc, 91)];
+    let mut each = Vec::new();
+    for batch in &batches {
+        each.push(block_on(trainer.evaluate([batch.clone()].into_iter()))?);
+        let values = trainer
+            .model
+            .params
+            .iter()
+            .map(|p| Ok((p.name.clone(), widened(&floats(&ctx, &p.value)?))));
+        let values: Values = values.collect::<Result<_, Error>>()?;
+        let want = Reference { desc: &desc, batch }.forward(&values).0[0];
+        let loss = each[each.len() - 1];
+        assert!((loss - want).abs() < 1e-4 * want.max(1.0), "{loss} {want}");
+    }
+    assert!(each[0] < 0.5 && each[1] > 2.0, "{each:?}");
+    let both = block_on(trainer.evaluate(batches.into_iter()))?;
+    assert!((both - (each[0] + each[1]) / 2.0).abs() < 1e-12, "{both} {each:?}");
+    assert!(state(&trainer)? == before, "reading changed the state");
+    Ok(())
+}
+
+/// A step whose gradient overflows is not taken, and the exponent falls; later it grows again, whenever it is looked at.
+fn loss_scale_adapts() -> Result<(), Failed> {
+    let ctx = Context::cpu();
+    let desc = learner();
+    let mut recipe = recipe("f32");
+    recipe.loss_scale = LossScale { initial: 0, grow_every: 3, max: 2 };
+    let mut run = run_desc(recipe, desc.clone(), 100);
+    let mut trainer = Trainer::new(&ctx, &run)?;
+    let mut exponents = Vec::new();
+    for step in 0..9 {
+        trainer.train(&repetitive_batch(&desc, step), false)?;
+        exponents.push(block_on(trainer.status())?.exponent);
+    }
+    assert_eq!(exponents, [0, 0, 1, 1, 1, 2, 2, 2, 2]);
+
+    // A head so large that gradients overflow under the scale, while the loss, ln 32 of equal logits, does not.
+    run.recipe.loss_scale = LossScale { initial: 24, grow_every: 1000, max: 24 };
+    let mut trainer = Trainer::new(&ctx, &run)?;
+    set(&ctx, &mut trainer, "final.norm", |_| 0.0)?;
+    set(&ctx, &mut trainer, "head", |v| v.signum() * 1e36)?;
+    let values = |trainer: &Trainer| -> Result<Vec<Vec<f32>>, Error> {
+        trainer.model.params.iter().map(|p| floats(&ctx, &p.value)).collect()
+    };
+    let before = values(&trainer)?;
+    for step in 0.. {
+        trainer.train(&repetitive_batch(&desc, step), false)?;
+        let status = block_on(trainer.status())?;
+        assert!((status.loss - 32f64.ln()).abs() < 1e-5, "{status:?}");
+        if status.taken {
+            assert!(step > 5 && status.norm.is_finite() && values(&trainer)? != before);
+            assert_eq!(status.exponent, 24 - step as i32);
+            break;
+        }
+        assert!(status.norm.is_nan() && status.exponent == 23 - step as i32, "{status:?}");
+        assert!(values(&trainer)? == before, "a step was taken");
+    }
+
+    // An extra head that is NaN, under every scale; the main one is not, and no step is taken.
+    run.model.mtp = 1;
+    let mut trainer = Trainer::new(&ctx, &run)?;
+    set(&ctx, &mut trainer, "mtp.0.final.norm", |_| f32::NAN)?;
+    for step in 1.. {
+        trainer.train(&repetitive_batch(&run.model, step), false)?;
+        match block_on(trainer.status()) {
+            Ok(status) => assert!(!status.taken && status.exponent == 24 - step as i32),
+            Err(error) => {
+                let error = error.to_string();
+                assert!(
+                    step == 21 && error.contains("the gradient of embedding"),
+                    "{step} {error}"
+                );
+                break;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Changes a parameter.
+fn set(
+    ctx: &Context,
+    trainer: &mut Trainer,
+    name: &str,
+    change: fn(f32) -> f32,
+) -> Result<(), Failed> {
+    let p = trainer.model.params.iter_mut().find(|p| p.name == name).ok_or("no such parameter")?;
+    let [rows, cols] = p.value.shape();
+    let values: Vec<f32> = floats(ctx, &p.value)?.into_iter().map(change).collect();
+    p.value = ctx.upload(F32, rows, cols, bytemuck::cast_slice(&values))?;
+    Ok(())
+}
+
+fn mismatches() -> Result<(), Failed> {
+    let ctx = Context::cpu();
+    let new = |desc: &ModelDesc, recipe: &Recipe| {
+        Model::new(&ctx, desc, recipe, 1).map(|_| ()).unwrap_err().to_string()
+    };
+    let good = small(1, 0);
+    for (says, desc) in [
+        ("at least one", ModelDesc { layers: 0, ..good.clone() }),
+        ("3 heads", ModelDesc { heads: 3, ..good.clone() }),
+        ("4 heads", ModelDesc { heads: 4, ..good.clone() }),
+        ("dim is 48", ModelDesc { dim: 48, ..good.clone() }),
+        ("ffn is 40", ModelDesc { ffn: 40, ..good.clone() }),
+        ("batch · seq is 62", ModelDesc { seq: 31, ..good.clone() }),
+        ("vocabulary is 63", ModelDesc { vocabulary: 63, ..good.clone() }),
+        ("head_dim is 160", ModelDesc { dim: 160, heads: 1, ..good.clone() }),
+    ] {
+        let error = new(&desc, &recipe("f32"));
+        assert!(error.contains(says), "{says}: {error}");
+    }
+    // It is said before anything is trained, and where.
+    let mut long = recipe("mxfp4");
+    for cast in [&mut long.linear.wgrad.dy, &mut long.linear.wgrad.x] {
+        cast.hadamard = Some(128);
+    }
+    let error = new(&good, &long);
+    assert!(
+        error.contains("blocks.0.qkv: ") && error.contains("wgrad") && error.contains("128"),
+        "{error}"
+    );
+    let mut many = recipe("mxfp4");
+    many.linear.forward.x.outliers = Some(48);
+    let error = new(&good, &many);
+    assert!(error.contains("48 of 32"), "{error}");
+
+    let mut model = Model::new(&ctx, &small(1, 2), &recipe("f32"), 1)?;
+    let error = model.set_batch(&[0; 66]).unwrap_err().to_string();
+    assert!(error.contains("66 tokens") && error.contains("[2, 35]"), "{error}");
+    assert!(model.set_inputs(&[0; 65]).is_err());
+    // A token that is none is seen.
+    let mut trainer = Trainer::new(&ctx, &run_desc(recipe("f32"), good.clone(), 5))?;
+    let mut batch = random_batch(&good, 1);
+    batch[3] = 64;
+    trainer.train(&batch, false)?;
+    assert!(matches!(block_on(trainer.status()), Err(Error::Diverged { step: 1, .. })));
+    // Backward without what it reads.
+    let desc = LinearDesc { rows: 32, n: 32, k: 32, x: F32, w: F32, y: F32, dy: F32, dx: F32 };
+    let mut layer = MxLinear::new(&ctx, &desc, &Linear::dense("f32"), 1, false)?;
+    let x = ctx.zeros(F32, 32, 32)?;
+    let (mut y, mut dw) = (ctx.zeros(F32, 32, 32)?, ctx.zeros(F32, 32, 32)?);
+    let mut stream = ctx.stream();
+    let error = layer
+        .backward(&mut stream, None, &x, &x, &mut y, &mut dw, DRAWS, None)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("not kept"), "{error}");
+    Ok(())
+}
