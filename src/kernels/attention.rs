@@ -104,7 +104,7 @@ impl Attention {
             (Tier::Tensor, Ok(form)) => form,
             (Tier::Tensor, Err([needs, has])) => {
                 let operation = "attention on the tensor tier".into();
-                return Err(Error::Unsupported { operation, needs: needs.into(), has });
+                return Err(Error::Unsupported { operation, needs, has });
             }
             (Tier::Exact, _) => return mismatch("attention has no exact tier".into()),
         };
