@@ -48,6 +48,7 @@ fn several<const R: usize, const N: usize>(
         // The partners of words 0 and 2 alternate: (1, 3), then (3, 1).
         let [a, b] = if round % 2 == 0 { [1, 3] } else { [3, 1] };
         let [ra, rb] = ROTATIONS[round % 8];
+        #[expect(clippy::needless_range_loop, reason = "four rows of x at once")]
         for n in 0..N {
             x[0][n] = x[0][n].wrapping_add(x[a][n]);
             x[a][n] = x[a][n].rotate_left(ra) ^ x[0][n];

@@ -254,7 +254,7 @@ fn run() -> Result<()> {
     };
 
     if let Some(path) = &args.tune {
-        if !(args.tune_loss >= 1.0) {
+        if args.tune_loss.is_nan() || args.tune_loss < 1.0 {
             return Err(format!("--tune-loss {}: at least 1", args.tune_loss).into());
         }
         let [recipe] = &recipes[..] else {

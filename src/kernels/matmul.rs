@@ -726,9 +726,9 @@ impl Finish {
                     let e = common + of[i] as i32;
                     let value = from[i] * f32::from_bits(((e + 127) as u32) << 23);
                     let magnitude = value.to_bits() & 0x7fff_ffff;
-                    let normal = (magnitude >= 0x80_0000) & (magnitude < INFINITY);
+                    let normal = (0x80_0000..INFINITY).contains(&magnitude);
                     let zero = from[i] == 0.0;
-                    let fits = (e >= -126) & (e <= 127) & normal;
+                    let fits = (-126..=127).contains(&e) & normal;
                     wrong |= u32::from(!(fits | zero) | (of[i] == 255));
                     values[i] = if zero { 0.0 } else { value };
                 }
