@@ -729,7 +729,7 @@ mod tests {
         let labels: Vec<String> = ticks(0.0, 5e7, 5).into_iter().map(|(_, label)| label).collect();
         assert_eq!(labels, ["0", "10M", "20M", "30M", "40M", "50M"]);
         assert_eq!(short(1234567.0), "1.23M");
-        assert_eq!(short(999.96e3), "1M");
+        assert_eq!(short(999.96e3), "1.00M");
         assert_eq!(digits(-0.012345), "−0.01235");
     }
 
