@@ -60,7 +60,7 @@ struct Args {
     #[arg(long, default_value = "auto", value_parser =
         PossibleValuesParser::new(["auto", "exact", "tensor", "alu"]).try_map(|t| t.parse::<Tier>()))]
     tier: Tier,
-    /// auto, cpu, gpu, or a part of an adapter's name.
+    /// auto, cpu, gpu, a part of an adapter's name, or #0, #1, ….
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
 }

@@ -66,7 +66,7 @@ struct Args {
     /// name.
     #[arg(long)]
     seed: Option<u64>,
-    /// auto, cpu, gpu, or a part of an adapter's name.
+    /// auto, cpu, gpu, a part of an adapter's name, or #0, #1, ….
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
 }

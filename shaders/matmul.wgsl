@@ -65,8 +65,9 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     // An invocation stages UNITS times eight positions of a row, and one or no scale; neighbours take neighbouring rows. What
     // lies beyond the tile is read from its last row, what lies beyond k is zero.
     var raws: array<Raw, UNITS>;
-    var scale = fetch(&raws, tile, lane, 0u);
-    for (var k = 0u; k < p.k; k += STAGE) {
+    let ks = tile_k(tile, lane);
+    var scale = fetch(&raws, tile, lane, ks.x);
+    for (var k = ks.x; k < ks.y; k += STAGE) {
         workgroupBarrier();
         for (var u = 0u; u < UNITS; u++) { // unroll
             let at = u * WG + lane;

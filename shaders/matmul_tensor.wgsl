@@ -70,15 +70,16 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     sums_zero(&sums);
 
     // Slices have as many chunks or one less; what a slice loads beyond the last it does not multiply.
-    let last = (p.k - 1u) / 128u * 128u;
-    let first = own_slice * 128u;
+    let ks = tile_k(tile, lane);
+    let last = ks.x + (max(ks.y - ks.x, 1u) - 1u) / 128u * 128u;
+    let first = ks.x + own_slice * 128u;
     a_open(&a_units, tile.row, a_limit, r0);
     b_open(&b_units, tile.col, b_limit, r0);
     a_ahead(&a_units, tile.row, a_limit, r0, min(first, last));
     b_ahead(&b_units, tile.col, b_limit, r0, min(first, last));
     a_decode(&a_units, 0u);
     b_decode(&b_units, 0u);
-    for (var k0 = 0u; k0 < p.k; k0 += SLICES * 128u) {
+    for (var k0 = 0u; k0 < ks.y - ks.x; k0 += SLICES * 128u) {
         let k = k0 + first;
         let here = min(k, last);
         let next = min(k + SLICES * 128u, last);
@@ -88,7 +89,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
             workgroupBarrier();
             a_load(&a_units, tile.row, a_limit, r0, here, next, j);
             b_load(&b_units, tile.col, b_limit, r0, here, next, j);
-            if (SLICES == 1u || k < p.k) { multiply(&sums, a_row, b_row); }
+            if (SLICES == 1u || k < ks.y) { multiply(&sums, a_row, b_row); }
             a_decode(&a_units, (j + 1u) % 4u);
             b_decode(&b_units, (j + 1u) % 4u);
             workgroupBarrier();

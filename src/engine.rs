@@ -36,6 +36,8 @@ pub enum DeviceChoice {
     Gpu,
     /// The first adapter whose name contains this, whatever its case.
     Named(String),
+    /// The adapter with this number, from 0 on, in the order of [`adapters`]: for several of one name.
+    Number(usize),
 }
 
 impl std::str::FromStr for DeviceChoice {
@@ -46,7 +48,10 @@ impl std::str::FromStr for DeviceChoice {
             "auto" => DeviceChoice::Auto,
             "cpu" => DeviceChoice::Cpu,
             "gpu" => DeviceChoice::Gpu,
-            name => DeviceChoice::Named(name.into()),
+            name => match name.strip_prefix('#').and_then(|number| number.parse().ok()) {
+                Some(number) => DeviceChoice::Number(number),
+                None => DeviceChoice::Named(name.into()),
+            },
         })
     }
 }
@@ -113,9 +118,10 @@ impl Context {
             return Ok(Context::cpu());
         }
         let adapters = adapters(options.validation).await;
-        let chosen = adapters.iter().find(|adapter| {
+        let chosen = adapters.iter().enumerate().find(|(number, adapter)| {
             let info = adapter.get_info();
             match &options.device {
+                DeviceChoice::Number(wanted) => number == wanted,
                 DeviceChoice::Auto => info.device_type != wgpu::DeviceType::Cpu,
                 DeviceChoice::Gpu => true,
                 DeviceChoice::Named(name) => {
@@ -125,13 +131,14 @@ impl Context {
             }
         });
         match chosen {
-            Some(adapter) => Context::on_adapter(adapter, options).await,
+            Some((_, adapter)) => Context::on_adapter(adapter, options).await,
             None if options.device == DeviceChoice::Auto => Ok(Context::cpu()),
             None => {
                 let names: Vec<_> = adapters.iter().map(|a| a.get_info().name).collect();
                 Err(Error::NoAdapter {
                     wanted: match &options.device {
                         DeviceChoice::Named(name) => name.clone(),
+                        DeviceChoice::Number(number) => format!("#{number}"),
                         _ => "gpu".into(),
                     },
                     available: if names.is_empty() {
@@ -353,7 +360,7 @@ impl Context {
                 Target::Own(Box::new(encoder))
             }
         };
-        Stream { ctx: self.clone(), target, params: Vec::new(), profile: None }
+        Stream { ctx: self.clone(), target, params: Vec::new(), profile: None, pass: None }
     }
 
     /// Records into the caller's encoder, of this context's device. What was recorded is complete when the stream is
@@ -370,6 +377,7 @@ impl Context {
                 target: Target::Caller(encoder),
                 params: Vec::new(),
                 profile: None,
+                pass: None,
             }),
         }
     }
@@ -454,6 +462,9 @@ pub struct Stream<'a> {
     params: Vec<ParamArena>,
     /// Timestamps around every dispatch.
     profile: Option<Profile>,
+    /// The pass that dispatches go to, one after another: a pass of its own costs the host more than the rest of a
+    /// dispatch. Dropped before the encoder is used otherwise.
+    pass: Option<wgpu::ComputePass<'static>>,
 }
 
 /// Two timestamps a dispatch, and the kernels' names; dispatches beyond the set's size are not timed.
@@ -502,6 +513,7 @@ impl Stream<'_> {
     }
 
     fn encoder(&mut self) -> Option<&mut wgpu::CommandEncoder> {
+        self.pass = None;
         match &mut self.target {
             Target::Cpu => None,
             Target::Own(encoder) => Some(encoder),
@@ -578,11 +590,9 @@ impl Stream<'_> {
                 entries: &entries,
             })
         })?;
-        let encoder = match &mut self.target {
-            Target::Cpu => return Ok(()),
-            Target::Own(encoder) => &mut **encoder,
-            Target::Caller(encoder) => encoder,
-        };
+        if self.profile.is_some() {
+            self.pass = None;
+        }
         let room = wgpu::QUERY_SET_MAX_QUERIES as usize / 2;
         let timestamp_writes = match &mut self.profile {
             Some(profile) if profile.names.len() < room => {
@@ -596,10 +606,19 @@ impl Stream<'_> {
             }
             _ => None,
         };
-        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
-            label: Some(name),
-            timestamp_writes,
-        });
+        if self.pass.is_none() {
+            let encoder = match &mut self.target {
+                Target::Cpu => return Ok(()),
+                Target::Own(encoder) => &mut **encoder,
+                Target::Caller(encoder) => encoder,
+            };
+            let pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
+                label: Some(name),
+                timestamp_writes,
+            });
+            self.pass = Some(pass.forget_lifetime());
+        }
+        let Some(pass) = &mut self.pass else { return Ok(()) };
         pass.set_pipeline(&pipeline.pipeline);
         pass.set_bind_group(0, &bind_group, &[]);
         pass.dispatch_workgroups(x as u32, y as u32, 1);
@@ -634,6 +653,7 @@ impl Stream<'_> {
 
     /// Hands the parameters to the device.
     fn flush(&mut self) {
+        self.pass = None;
         for arena in self.params.drain(..) {
             // A mapping fails only on a lost device, which the submission reports.
             if let Ok(mut view) = arena.buffer.get_mapped_range_mut(..arena.bytes.len() as u64) {

@@ -17,11 +17,13 @@ pub mod gradient_norm;
 pub mod matmul;
 pub mod outliers;
 pub mod peak;
+pub mod permute;
 pub mod quantize;
 pub mod quantize_both;
 pub mod reduce;
 pub mod rmsnorm;
 pub mod rope;
+pub mod router;
 pub mod sort;
 pub mod swiglu;
 
@@ -36,6 +38,7 @@ pub use peak::Peak;
 pub use quantize::{Quantize, QuantizeDesc};
 pub use quantize_both::{Guards, Hadamard, QuantizeBoth, Side, Signs};
 pub use rope::{Direction, Rope};
+pub use router::{Router, RouterDesc, Routes};
 
 use crate::engine::buffer::DType;
 use crate::engine::shader::{Kernel, Source, shader};
@@ -52,6 +55,8 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(copy::kernels());
     kernels.extend(peak::kernels());
     kernels.extend(matmul::kernels());
+    kernels.extend(permute::kernels());
+    kernels.extend(router::kernels());
     kernels.extend(adamw::kernels());
     kernels.extend(gradient_norm::kernels());
     kernels.extend(add::kernels());

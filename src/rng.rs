@@ -30,25 +30,37 @@ pub const ROUNDS: usize = 13;
 /// Threefry-4x32 with `R` rounds.
 #[inline(always)]
 pub fn threefry4x32<const R: usize>(counter: [u32; 4], key: [u32; 4]) -> [u32; 4] {
+    several::<R, 1>(counter.map(|word| [word]), key).map(|[word]| word)
+}
+
+/// [`threefry4x32`] of `N` counters, word by word, so that it vectorises.
+#[inline(always)]
+fn several<const R: usize, const N: usize>(
+    counters: [[u32; N]; 4],
+    key: [u32; 4],
+) -> [[u32; N]; 4] {
     let k = [key[0], key[1], key[2], key[3], PARITY ^ key[0] ^ key[1] ^ key[2] ^ key[3]];
-    let mut x = [0u32; 4];
+    let mut x = counters;
     for i in 0..4 {
-        x[i] = counter[i].wrapping_add(k[i]);
+        x[i] = x[i].map(|word| word.wrapping_add(k[i]));
     }
     for round in 0..R {
         // The partners of words 0 and 2 alternate: (1, 3), then (3, 1).
         let [a, b] = if round % 2 == 0 { [1, 3] } else { [3, 1] };
         let [ra, rb] = ROTATIONS[round % 8];
-        x[0] = x[0].wrapping_add(x[a]);
-        x[a] = x[a].rotate_left(ra) ^ x[0];
-        x[2] = x[2].wrapping_add(x[b]);
-        x[b] = x[b].rotate_left(rb) ^ x[2];
+        for n in 0..N {
+            x[0][n] = x[0][n].wrapping_add(x[a][n]);
+            x[a][n] = x[a][n].rotate_left(ra) ^ x[0][n];
+            x[2][n] = x[2][n].wrapping_add(x[b][n]);
+            x[b][n] = x[b][n].rotate_left(rb) ^ x[2][n];
+        }
         if round % 4 == 3 {
             let injection = (round / 4 + 1) as u32;
             for i in 0..4 {
-                x[i] = x[i].wrapping_add(k[(injection as usize + i) % 5]);
+                let word = k[(injection as usize + i) % 5];
+                let word = if i == 3 { word.wrapping_add(injection) } else { word };
+                x[i] = x[i].map(|x| x.wrapping_add(word));
             }
-            x[3] = x[3].wrapping_add(injection);
         }
     }
     x
@@ -75,9 +87,16 @@ impl RoundingBits {
     /// The bits of eight consecutive elements of `row`, from column `8 · group` on.
     #[inline(always)]
     pub fn group(&self, row: usize, group: usize) -> [u16; 8] {
-        let g = row as u64 * self.groups_per_row + group as u64;
-        let words = threefry4x32::<ROUNDS>([g as u32, (g >> 32) as u32, 0, 0], self.key);
-        std::array::from_fn(|i| (words[i / 2] >> (16 * (i % 2))) as u16)
+        self.groups([(row, group)])[0]
+    }
+
+    /// The bits of several groups: (row, group) each.
+    #[inline(always)]
+    pub(crate) fn groups<const N: usize>(&self, of: [(usize, usize); N]) -> [[u16; 8]; N] {
+        let g = of.map(|(row, group)| row as u64 * self.groups_per_row + group as u64);
+        let counters = [g.map(|g| g as u32), g.map(|g| (g >> 32) as u32), [0; N], [0; N]];
+        let words = several::<ROUNDS, N>(counters, self.key);
+        std::array::from_fn(|n| std::array::from_fn(|i| (words[i / 2][n] >> (16 * (i % 2))) as u16))
     }
 
     /// The bits of the element (row, col).
@@ -144,6 +163,8 @@ mod tests {
         let bits = RoundingBits::new(Rounding::Stochastic { seed: 42, stream: 7 }, 20).unwrap();
         let drawn: Vec<u16> = (16..20).map(|col| bits.element(3, col)).collect();
         assert_eq!(bits.element(3, 17), bits.group(3, 2)[1]);
+        let several = [(3, 2), (0, 0), (1 << 31, 1), (7, 2)];
+        assert_eq!(bits.groups(several), several.map(|(row, group)| bits.group(row, group)));
         assert_eq!(drawn, [46996, 8750, 19773, 45976]);
     }
 }

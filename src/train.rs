@@ -7,6 +7,7 @@
 //! | the transformer, forward and backward | [`model`] |
 //! | a step, evaluation, what a checkpoint holds | [`trainer`] |
 //! | bytes of text, in order and held out | [`data`] |
+//! | blocks for a recipe, from a model's tensors | [`tune`] |
 //! | files that survive a kill | [`checkpoint`] |
 
 #[cfg(feature = "safetensors")]
@@ -17,3 +18,4 @@ pub mod model;
 pub mod recipe;
 #[cfg(feature = "safetensors")]
 pub mod trainer;
+pub mod tune;

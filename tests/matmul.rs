@@ -25,6 +25,8 @@ const VALUES: &[(&str, Test)] = &[
     ("alpha_beta_and_bias", epilogues),
     ("packed_outputs_are_quantized_dense_ones", packed_outputs),
     ("grouped_is_one_by_one", grouped),
+    ("grouped_along_k_is_one_by_one", grouped_along_k),
+    ("few_outputs_of_a_long_k", slices_of_k),
     ("invalid_groups_on_the_device", invalid_groups),
     ("quantized_here_or_uploaded", quantized_here_or_uploaded),
 ];
@@ -203,7 +205,7 @@ fn problem(seed: u64, desc: &MatmulDesc, spread: Spread) -> Problem {
         false => [stack * outputs, desc.k],
         true => [outputs, stack * desc.k],
     };
-    let stack = desc.experts.unwrap_or(desc.batch);
+    let stack = if desc.group_k { 1 } else { desc.experts.unwrap_or(desc.batch) };
     Problem {
         desc: *desc,
         a: random(seed, desc.a, Axis::One, shape(desc.a, desc.m, desc.batch), spread),
@@ -268,7 +270,8 @@ fn nan_bytes(dtype: DType, n: usize) -> Vec<u8> {
 
 impl Problem {
     fn rows(&self) -> usize {
-        self.desc.batch * self.desc.m
+        let experts = self.desc.experts.filter(|_| self.desc.group_k);
+        experts.unwrap_or(self.desc.batch) * self.desc.m
     }
 
     fn old_bytes(&self, dtype: DType) -> Vec<u8> {
@@ -328,22 +331,33 @@ impl Problem {
         };
         let mut want: Vec<Interval> = old.iter().map(|v| [*v; 2]).collect();
         let mut written = vec![false; want.len()];
-        // First row, rows, matrix of B.
+        // First row, rows, matrix of B; along k: group, first position, positions.
         let parts: Vec<[usize; 3]> = match &self.groups {
             None => (0..self.desc.batch).map(|i| [i * m, m, i]).collect(),
+            Some((offsets, _)) if self.desc.group_k => offsets
+                .windows(2)
+                .enumerate()
+                .map(|(g, o)| [g, o[0] as usize, (o[1] - o[0]) as usize])
+                .collect(),
             Some((offsets, experts)) => offsets
                 .windows(2)
                 .zip(experts)
                 .map(|(o, e)| [o[0] as usize, (o[1] - o[0]) as usize, *e as usize])
                 .collect(),
         };
-        for [first, rows, matrix] in parts {
+        for part @ [first, rows, matrix] in parts {
             let a = match at {
+                _ if self.desc.group_k => a.part(0, m, part[1], part[2]),
                 false => a.part(first, rows, 0, k),
                 true if self.groups.is_none() => a.part(0, rows, matrix * k, k),
                 true => a.part(first, rows, 0, k),
             };
-            let b = if bt { b.part(0, n, matrix * k, k) } else { b.part(matrix * n, n, 0, k) };
+            let b = match bt {
+                _ if self.desc.group_k => b.part(0, n, part[1], part[2]),
+                true => b.part(0, n, matrix * k, k),
+                false => b.part(matrix * n, n, 0, k),
+            };
+            let first = if self.desc.group_k { part[0] * m } else { first };
             for (i, interval) in product(tier, &a, &b, alpha).into_iter().enumerate() {
                 let at = first * n + i;
                 want[at] = interval.map(|mut v| {
@@ -559,20 +573,30 @@ fn nan_scales(ctx: &Context, _: usize) -> Result<(), Failed> {
             }
         }
     }
-    // A NaN code in E4M3, in a block that counts and in one that is too small to.
-    let plain = problem(6, &desc(MXFP8_E4M3, MXFP4, [m, n, k]), Spread::Near);
-    let Data::Mx(a) = with_scale(&plain.a, 9, 1, 0) else { unreachable!() };
-    let (mut codes, scales, _) = a.clone().into_parts();
-    for (row, at, code) in [(3, 70, 0x7f), (9, 40, 0xff)] {
-        codes[row * a.layout().line_bytes() + at] = code;
-    }
-    let problem =
-        Problem { a: Data::Mx(MxTensor::from_parts(*a.layout(), codes, scales, 1.0)?), ..plain };
-    for tier in tiers(ctx, &problem.desc) {
-        problem.check_tier(ctx, tier)?;
-        let got = to_f32(DType::F32, &problem.run_dense(ctx, tier)?);
-        for (at, v) in got.iter().enumerate() {
-            assert_eq!(v.is_nan(), [3, 9].contains(&(at / n)), "{tier} ({}, {})", at / n, at % n);
+    // A NaN code in E4M3, in a block that counts and in one that is too small to; read word by word and 16 bytes at a time.
+    for k in [100, 128] {
+        let plain = problem(6, &desc(MXFP8_E4M3, MXFP4, [m, n, k]), Spread::Near);
+        let Data::Mx(a) = with_scale(&plain.a, 9, 1, 0) else { unreachable!() };
+        let (mut codes, scales, _) = a.clone().into_parts();
+        for (row, at, code) in [(3, 70, 0x7f), (9, 40, 0xff)] {
+            codes[row * a.layout().line_bytes() + at] = code;
+        }
+        let problem = Problem {
+            a: Data::Mx(MxTensor::from_parts(*a.layout(), codes, scales, 1.0)?),
+            ..plain
+        };
+        for tier in tiers(ctx, &problem.desc) {
+            problem.check_tier(ctx, tier)?;
+            let got = to_f32(DType::F32, &problem.run_dense(ctx, tier)?);
+            for (at, v) in got.iter().enumerate() {
+                assert_eq!(
+                    v.is_nan(),
+                    [3, 9].contains(&(at / n)),
+                    "{tier} ({}, {})",
+                    at / n,
+                    at % n
+                );
+            }
         }
     }
     Ok(())
@@ -618,6 +642,20 @@ fn kinds_of_operands(ctx: &Context, step: usize) -> Result<(), Failed> {
                 problems.push(problem((50 + 10 * i + j) as u64, &desc(a, b, shape), Spread::Near));
             }
         }
+    }
+    // FP8 in lines of whole 128, loaded 16 bytes at a time.
+    for (i, (a, b)) in [
+        (MXFP8_E4M3, MXFP8_E4M3),
+        (MXFP8_E5M2, MXFP8_E4M3.with_block(Block::Vector(64))),
+        (MXFP8_E4M3, MXFP4),
+        (MXFP4.with_block(Block::Square(32)), MXFP8_E5M2),
+        (MXFP8_E4M3, MXFP6_E2M3),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let shape = [70 + 58 * (i % 2), 41, 256];
+        problems.push(problem(70 + i as u64, &desc(a, b, shape), Spread::Wild));
     }
     // Several in one, and one that is not whole tiles; squares along k of whole blocks.
     for (a, b, shape) in [
@@ -762,6 +800,148 @@ fn grouped(ctx: &Context, step: usize) -> Result<(), Failed> {
         let values = to_f32(DType::F32, &dense.run_dense(ctx, tier)?);
         let Written::Mx(got, _) = packed.run(ctx, tier)? else { unreachable!() };
         assert_eq!(got, MxTensor::quantize(&values, 160, 70, &out)?, "{tier}");
+    }
+    Ok(())
+}
+
+/// Ranges of k, empty ones, positions that no group has; of packed lines, of squares and dense matrices lying across.
+fn grouped_along_k(ctx: &Context, step: usize) -> Result<(), Failed> {
+    let squares = Operand::from(MXFP4.with_block(Block::Square(32))).transposed();
+    let across = |dtype: DType| Operand::from(dtype).transposed();
+    let offsets = |end: u32| vec![32, 32, 96, 224, 224, end];
+    let cases = [
+        // Whole vectors of 128 positions, and lines that are not; ranges start anywhere in one.
+        (desc(MXFP4, MXFP4, [70, 65, 384]), offsets(384)),
+        (desc(MXFP4, MXFP4, [20, 33, 288]), offsets(288)),
+        (desc(across(DType::F16), MXFP8_E4M3, [33, 20, 256]), offsets(256)),
+        (desc(NVFP4, MXFP6_E2M3, [20, 33, 256]), offsets(256)),
+        (desc(across(DType::BF16), across(DType::BF16), [24, 40, 256]), offsets(256)),
+        (desc(DType::BF16, across(DType::BF16), [20, 33, 384]), offsets(384)),
+        (desc(MXFP8_E5M2, MXFP8_E4M3, [20, 33, 384]), offsets(384)),
+        (desc(squares, squares, [40, 33, 256]), offsets(256)),
+        (desc(MXFP4.with_block(Block::Vector(64)), MXINT8, [5, 20, 256]), offsets(256)),
+    ];
+    for (i, (desc, offsets)) in cases.into_iter().enumerate() {
+        if step > 1 && i > 6 {
+            continue;
+        }
+        let desc = MatmulDesc { experts: Some(5), group_k: true, ..desc };
+        // The experts' ids count for nothing.
+        let groups = Some((offsets, vec![0, 4, 4, 1, 2]));
+        let mut problem = Problem { groups, ..problem(70 + i as u64, &desc, Spread::Wild) };
+        if i == 0 {
+            // As a gradient's operands are: blocks along the rows of [k, m].
+            problem.a = random(90, desc.a, Axis::Zero, [desc.m, desc.k], Spread::Near);
+        }
+        problem.check(ctx).map_err(|failed| format!("{i}: {}", failed.message().unwrap_or("")))?;
+        if i == 0 {
+            // What y held stays where a group is empty.
+            let old = Some(gaussian(8, problem.rows() * desc.n));
+            let more = MatmulDesc { beta: 1.0, ..problem.desc };
+            problem = Problem { old, desc: more, ..problem };
+            problem.check(ctx)?;
+        }
+    }
+    one_expert_alone(ctx)?;
+    // As many groups as experts; experts.
+    let desc = MatmulDesc { experts: Some(2), group_k: true, ..desc(MXFP4, MXFP4, [8, 8, 64]) };
+    let mut few = problem(1, &desc, Spread::Near);
+    few.groups = Some((vec![0, 64], vec![0]));
+    says(few.run_dense(ctx, Tier::Alu).unwrap_err(), &["1 groups", "2 experts"]);
+    says(Matmul::new(ctx, &MatmulDesc { experts: None, ..desc }).unwrap_err(), &["along k"]);
+    // Ranges that start within a block, or end behind k.
+    for offsets in [vec![0, 16, 64], vec![0, 32, 96]] {
+        few.groups = Some((offsets, vec![0, 1]));
+        for tier in tiers(ctx, &desc) {
+            let result = few.run_dense(ctx, tier);
+            if ctx.wgpu().is_none() {
+                says(result.unwrap_err(), &["multiples of 32"]);
+                continue;
+            }
+            let nan = to_f32(DType::F32, &result?).iter().filter(|v| v.is_nan()).count();
+            let wrong = if few.groups.as_ref().is_some_and(|g| g.0[1] == 16) { 2 } else { 1 };
+            assert_eq!(nan, wrong * 64, "{tier}");
+        }
+    }
+    Ok(())
+}
+
+/// The exact tier's bits are those of a product of an expert's positions alone.
+fn one_expert_alone(ctx: &Context) -> Result<(), Failed> {
+    let [m, n, start, end] = [20, 33, 96, 224];
+    let desc = MatmulDesc { experts: Some(3), group_k: true, ..desc(MXFP4, MXFP4, [m, n, 288]) };
+    if !tiers(ctx, &desc).contains(&Tier::Exact) {
+        return Ok(());
+    }
+    let groups = Some((vec![0, start as u32, end as u32, 288], vec![0; 3]));
+    let whole = Problem { groups, ..problem(80, &desc, Spread::Near) };
+    let got = whole.run_dense(ctx, Tier::Exact)?;
+    let cut = |x: &Data| -> Result<Data, Error> {
+        let Data::Mx(x) = x else { unreachable!() };
+        let take = |bytes: &[u8], pitch: usize, per: usize| -> Vec<u8> {
+            bytes.chunks(pitch).flat_map(|line| line[start / per..end / per].to_vec()).collect()
+        };
+        let codes = take(x.codes(), x.layout().line_bytes(), 2);
+        let scales = take(x.scales(), x.layout().blocks(), 32);
+        let layout = Layout::new(MXFP4, Axis::One, x.layout().lines(), end - start)?;
+        Ok(Data::Mx(MxTensor::from_parts(layout, codes, scales, 1.0)?))
+    };
+    let alone = Problem {
+        desc: self::desc(MXFP4, MXFP4, [m, n, end - start]),
+        a: cut(&whole.a)?,
+        b: cut(&whole.b)?,
+        groups: None,
+        ..whole
+    };
+    let size = m * n * 4;
+    assert_bytes("an expert", &got[size..2 * size], &alone.run_dense(ctx, Tier::Exact)?);
+    Ok(())
+}
+
+/// Sums of slices, which large devices and the emulation have: lines that end within a chunk, and whole ones by vectors and
+/// columns; ragged outputs of all types, and what is done with the sum.
+fn slices_of_k(ctx: &Context, _: usize) -> Result<(), Failed> {
+    let across = |dtype: DType| Operand::from(dtype).transposed();
+    let more = |desc| MatmulDesc { alpha: 0.75, beta: 0.5, bias: true, ..desc };
+    let bf16 = |desc| MatmulDesc { out: DType::BF16.into(), ..desc };
+    let cases = [
+        (2, more(desc(MXFP4, MXFP4, [33, 36, 2176]))),
+        (3, desc(across(DType::BF16), across(DType::BF16), [24, 40, 3200])),
+        (2, desc(MXFP8_E4M3, MXFP4, [17, 36, 2176])),
+        (2, bf16(more(desc(NVFP4, MXFP8_E4M3, [20, 33, 2100])))),
+        (2, desc(across(DType::F16), MXFP6_E2M3.with_block(Block::Square(16)), [20, 34, 2112])),
+        (1, desc(MXFP4, MXFP4, [20, 33, 2000])),
+    ];
+    let emulated = ctx.caps().software && tiers(ctx, &cases[0].1) == [Tier::Tensor];
+    for (i, (slices, desc)) in cases.into_iter().enumerate() {
+        let old = (desc.beta != 0.0).then(|| gaussian(5, desc.m * desc.n));
+        let mut problem = Problem { old, ..problem(95 + 2 * i as u64, &desc, Spread::Wild) };
+        for tier in [Tier::Tensor, Tier::Alu] {
+            let Ok(kernel) = Matmul::new(ctx, &MatmulDesc { tier, ..desc }) else { continue };
+            if emulated {
+                assert_eq!(kernel.slices(), slices, "{tier}, {i}");
+            }
+            problem.check_tier(ctx, tier)?;
+            let again = problem.run_dense(ctx, tier)?;
+            assert_bytes("again", &again, &problem.run_dense(ctx, tier)?);
+        }
+        let exact = MatmulDesc { tier: Tier::Exact, ..desc };
+        if let Ok(kernel) = Matmul::new(ctx, &exact) {
+            assert_eq!(kernel.slices(), 1);
+        }
+        // A scale that is NaN, in the last slice.
+        if let (Data::Mx(a), 0) = (&problem.a, i) {
+            let mut scales = a.scales().to_vec();
+            let blocks = a.layout().blocks();
+            scales[3 * blocks - 1] = 255;
+            let a = MxTensor::from_parts(*a.layout(), a.codes().to_vec(), scales, 1.0)?;
+            problem.a = Data::Mx(a);
+            for tier in [Tier::Tensor, Tier::Alu] {
+                if Matmul::new(ctx, &MatmulDesc { tier, ..desc }).is_ok() {
+                    problem.check_tier(ctx, tier)?;
+                }
+            }
+        }
     }
     Ok(())
 }

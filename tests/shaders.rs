@@ -30,6 +30,10 @@ fn check(kernel: &Kernel) -> Result<(), String> {
     if tensor {
         capabilities |= Capabilities::COOPERATIVE_MATRIX;
     }
+    if kernel.spirv {
+        // Vulkan's core has barriers of subgroups.
+        capabilities |= Capabilities::SUBGROUP | Capabilities::SUBGROUP_BARRIER;
+    }
     let info = Validator::new(ValidationFlags::all(), capabilities)
         .subgroup_stages(naga::valid::ShaderStages::COMPUTE)
         .subgroup_operations(naga::valid::SubgroupOperationSet::all())

@@ -3,37 +3,54 @@
 //!
 //! Bounds, with u = 2⁻²⁴: a sum of n products in any order, fused or not, is off by at most (n + 1) u Σ|terms|; `exp`'s
 //! argument x carries its own errors and WGSL grants its result 3 + 2|x| ulp, a division 2.5 ulp and a logarithm 3 ulp or
-//! 2⁻²¹. Each error is carried through to the outputs; bf16 rounds them by 2⁻⁸.
+//! 2⁻²¹. Each error is carried through to the outputs; bf16 rounds them by 2⁻⁸. On tensor cores, weights and the gradients of
+//! scores are rounded by 2⁻⁸ as well, and sums by 4 u a term (tests/common/product.rs says why).
 
 mod common;
 
-use common::engines::{self, Form, PLAIN, Test};
+use common::engines::{self, CPU, Form, PLAIN, Test};
 use common::{assert_bytes, gaussian, narrowed, to_f32};
 use libtest_mimic::{Failed, Trial};
 use microscaling::kernels::{Attention, AttentionDesc, Direction, Rope};
-use microscaling::{Context, DType, Error, Options, Tensor, wgpu};
+use microscaling::{Context, DType, Error, Options, Tensor, Tier, wgpu};
 
 const SUITE: &[(&str, Test)] = &[
     ("rope_equals_the_reference", rope_equals_the_reference),
     ("rope_backward_is_the_inverse", rope_backward_is_the_inverse),
     ("rope_mismatches_are_errors", rope_mismatches_are_errors),
-    ("attention_equals_the_reference", attention_equals_the_reference),
     ("gradients_equal_finite_differences", gradients_equal_finite_differences),
+    ("attention_mismatches_are_errors", attention_mismatches_are_errors),
+    ("tiers_are_as_asked_for", tiers_are_as_asked_for),
+];
+
+/// In every tier that the engine has.
+const TIERS: &[(&str, Test)] = &[
+    ("attention_equals_the_reference", attention_equals_the_reference),
     ("later_tokens_change_nothing_earlier", later_tokens_change_nothing_earlier),
     ("sequences_are_independent", sequences_are_independent),
     ("large_logits", large_logits),
-    ("attention_mismatches_are_errors", attention_mismatches_are_errors),
 ];
 
+const EMULATED: &str = " emulated";
+
 fn main() {
-    let forms = [Form {
-        what: PLAIN,
-        options: Options::default(),
-        steps: [1, 1],
-        needs: (wgpu::Features::empty(), ""),
-    }];
+    let needs = (wgpu::Features::empty(), "");
+    let forms = [
+        Form { what: PLAIN, options: Options::default(), steps: [1, 1], needs },
+        Form {
+            what: EMULATED,
+            options: Options { emulate_tensor: true, ..Default::default() },
+            steps: [1, 1],
+            // As for the emulation of matrix products. SwiftShader lacks it, whose compiler takes minutes and gigabytes.
+            needs: (wgpu::Features::SHADER_F16, "no f16 in shaders"),
+        },
+    ];
+    let suite = |form: &str| match form {
+        CPU | PLAIN => [SUITE, TIERS].concat(),
+        _ => TIERS.to_vec(),
+    };
     let alone = vec![Trial::test("a_comparison_that_must_fail_fails", comparison_fails)];
-    engines::run(|_| SUITE.to_vec(), &forms, alone);
+    engines::run(suite, &forms, alone);
 }
 
 const U: f64 = 1.0 / 16777216.0;
@@ -43,6 +60,23 @@ const TINY: f64 = 1e-34;
 /// Half a unit in the last place, relative.
 fn rounding(dtype: DType) -> f64 {
     if dtype == DType::BF16 { 1.0 / 256.0 } else { U }
+}
+
+/// Both matrices of scores on their way to the next product.
+fn operand_rounding(tier: Tier) -> f64 {
+    if tier == Tier::Tensor { rounding(DType::BF16) } else { 0.0 }
+}
+
+/// The tiers to test; the tensor tier alone where it is emulated, since the same driver is tested without emulation too.
+fn tiers(ctx: &Context, dtype: DType) -> Vec<Tier> {
+    let desc = AttentionDesc { batch: 1, seq: 1, heads: 1, head_dim: 16 };
+    let tensor = Attention::with_tier(ctx, &desc, Tier::Tensor).is_ok();
+    match (dtype, tensor) {
+        (DType::BF16, true) if ctx.caps().software => vec![Tier::Tensor],
+        (DType::BF16, true) => vec![Tier::Alu, Tier::Tensor],
+        (_, true) if ctx.caps().software => Vec::new(),
+        _ => vec![Tier::Alu],
+    }
 }
 
 /// Fails unless every `got` is within its bound; NaN never is.
@@ -67,7 +101,7 @@ fn compare(what: &str, got: &[f32], want: &[f64], bound: &[f64]) -> Result<(), F
 fn comparison_fails() -> Result<(), Failed> {
     let case = Case { batch: 1, seq: 9, heads: 2, dim: 16 };
     let (qkv, dout) = case.inputs(DType::F32, 1, 1.0);
-    let want = case.reference(&qkv, &dout, DType::F32);
+    let want = case.reference(&qkv, &dout, DType::F32, Tier::Alu);
     for x in [&want.out, &want.lse, &want.dqkv] {
         let mut got: Vec<f32> = x.0.iter().map(|v| *v as f32).collect();
         compare("sound", &got, &x.0, &x.1)?;
@@ -217,6 +251,7 @@ impl Case {
     fn run(
         &self,
         ctx: &Context,
+        tier: Tier,
         dtype: DType,
         qkv: &[f32],
         dout: &[f32],
@@ -228,7 +263,8 @@ impl Case {
             heads: self.heads,
             head_dim: self.dim,
         };
-        let attention = Attention::new(ctx, &desc)?;
+        let attention = Attention::with_tier(ctx, &desc, tier)?;
+        assert_eq!(attention.tier(dtype), tier);
         let qkv = ctx.upload(dtype, rows, 3 * cols, &narrowed(dtype, qkv))?;
         let dout = ctx.upload(dtype, rows, cols, &narrowed(dtype, dout))?;
         let mut out = unwritten(ctx, dtype, rows, cols)?;
@@ -259,7 +295,10 @@ impl Case {
     }
 
     /// The whole, with every intermediate matrix, and how far an engine may be off.
-    fn reference(&self, qkv: &[f32], dout: &[f32], dtype: DType) -> Reference {
+    fn reference(&self, qkv: &[f32], dout: &[f32], dtype: DType, tier: Tier) -> Reference {
+        // Of a sum of products, a term.
+        let unit = if tier == Tier::Tensor { 4.0 * U } else { U };
+        let operand = operand_rounding(tier);
         let wide = |x: &[f32]| -> Vec<f64> { x.iter().map(|v| f64::from(*v)).collect() };
         let (qkv, dout) = (wide(qkv), wide(dout));
         let (n, dim) = (self.seq, self.dim);
@@ -279,14 +318,18 @@ impl Case {
                 let p: Vec<_> = scores.iter().map(|s| (s.0 - log).exp()).collect();
                 // The sum of products; scaled by a rounded factor.
                 let score_error: Vec<_> =
-                    scores.iter().map(|s| (dim as f64 + 4.0) * U * s.1).collect();
+                    scores.iter().map(|s| (dim as f64 + 4.0) * unit * s.1).collect();
                 // Subtraction, scaling and exp, which for the running maximum happen for a part of the difference in every
-                // tile: 6 u of the whole, and a constant a tile. No engine's tiles are smaller than 32.
+                // tile: 6 u of the whole, and a constant a tile. No engine's tiles are smaller than 32. On tensor cores what is
+                // subtracted may be 40 less than the maximum, and is scaled before, to which rounding lse adds another.
+                let room = if tier == Tier::Tensor { 40.0 } else { 0.0 };
                 let tiles = n.div_ceil(32) as f64 + 1.0;
                 let weight_error: Vec<_> = scores
                     .iter()
                     .zip(&score_error)
-                    .map(|(s, e)| (e + 6.0 * U * (s.0 - high).abs() + 7.0 * U * tiles).exp_m1())
+                    .map(|(s, e)| {
+                        (e + 6.0 * U * ((s.0 - high).abs() + room) + 7.0 * U * tiles).exp_m1()
+                    })
                     .collect();
                 let sum_error = (keys as f64 + 2.0) * U;
                 let total_error =
@@ -295,7 +338,7 @@ impl Case {
                 lse.0[at_lse] = log;
                 lse.1[at_lse] = total_error * (1.0 + total_error)
                     + (6.0 * U * total.ln().abs()).max(1.0 / f64::from(1 << 21))
-                    + 2.0 * U * high.abs()
+                    + 2.0 * U * (high.abs() + room)
                     + U * log.abs();
                 let at_out = row * self.cols() + h * dim;
                 for d in 0..dim {
@@ -303,8 +346,9 @@ impl Case {
                     let value: f64 = (0..keys).map(|j| p[j] * v(j)).sum();
                     let all: f64 = (0..keys).map(|j| p[j] * v(j).abs()).sum();
                     let off: f64 = (0..keys).map(|j| p[j] * v(j).abs() * weight_error[j]).sum();
-                    let error = (off + all * (sum_error + total_error + 5.0 * U))
-                        * (1.0 + 2.0 * total_error)
+                    let sums = (keys as f64 + 2.0) * unit;
+                    let error = (off + all * (sums + total_error + 5.0 * U + operand))
+                        * (1.0 + 2.0 * total_error + operand)
                         + TINY;
                     out.0[at_out + d] = value;
                     out.1[at_out + d] = error + rounding(dtype) * (value.abs() + error);
@@ -321,9 +365,11 @@ impl Case {
                     .sum();
                 for j in 0..keys {
                     let x = scores[j].0 - log;
+                    // Scores, and lse on tensor cores, are scaled before the subtraction.
+                    let scaled = if tier == Tier::Tensor { 4.0 } else { 2.0 };
                     let r = (score_error[j]
                         + lse.1[at_lse]
-                        + 2.0 * U * scores[j].0.abs()
+                        + scaled * U * scores[j].0.abs()
                         + U * x.abs()
                         + (3.0 + 2.0 * x.abs()) * 2.0 * U)
                         .exp_m1();
@@ -331,14 +377,17 @@ impl Case {
                     let dp_error: f64 =
                         (0..dim).map(|d| (g(d) * qkv[self.at(2, b, j, h, d)]).abs()).sum::<f64>()
                             * (dim as f64 + 1.0)
-                            * U;
+                            * unit;
                     let difference = dp - delta;
                     let off = dp_error + delta_error + U * difference.abs();
                     let ds = p[j] * difference;
                     let ds_error =
                         p[j] * (r * (difference.abs() + off) + off + 2.0 * U * difference.abs());
+                    // As they are rounded for the next product.
+                    let ds_error = ds_error + operand * (ds.abs() + ds_error);
+                    let r = r + operand * (1.0 + r);
                     // A sum over all queries or keys: n + 3 roundings of each term.
-                    let sums = (n as f64 + 3.0) * U;
+                    let sums = (n as f64 + 3.0) * unit;
                     for d in 0..dim {
                         let (q, k) = (qkv[self.at(0, b, i, h, d)], qkv[self.at(1, b, j, h, d)]);
                         let mut add = |at: usize, term: f64, error: f64| {
@@ -360,14 +409,18 @@ impl Case {
 
     fn check(&self, ctx: &Context, dtype: DType, seed: u64, size: f32) -> Result<(), Failed> {
         let (qkv, dout) = self.inputs(dtype, seed, size);
-        let got = self.run(ctx, dtype, &qkv, &dout)?;
-        let want = self.reference(&qkv, &dout, dtype);
-        let compare = |what: &str, dtype, got: &[u8], want: &Bounded| {
-            compare(&format!("{self:?} {dtype} {what}"), &to_f32(dtype, got), &want.0, &want.1)
-        };
-        compare("out", dtype, &got.out, &want.out)?;
-        compare("lse", DType::F32, &got.lse, &want.lse)?;
-        compare("dqkv", dtype, &got.dqkv, &want.dqkv)
+        for tier in tiers(ctx, dtype) {
+            let got = self.run(ctx, tier, dtype, &qkv, &dout)?;
+            let want = self.reference(&qkv, &dout, dtype, tier);
+            let compare = |what: &str, dtype, got: &[u8], want: &Bounded| {
+                let what = format!("{self:?} {tier} {dtype} {what}");
+                compare(&what, &to_f32(dtype, got), &want.0, &want.1)
+            };
+            compare("out", dtype, &got.out, &want.out)?;
+            compare("lse", DType::F32, &got.lse, &want.lse)?;
+            compare("dqkv", dtype, &got.dqkv, &want.dqkv)?;
+        }
+        Ok(())
     }
 
     /// Σ out ∘ dout in f64.
@@ -412,8 +465,8 @@ fn attention_equals_the_reference(ctx: &Context, _: usize) -> Result<(), Failed>
 fn gradients_equal_finite_differences(ctx: &Context, _: usize) -> Result<(), Failed> {
     let case = Case { batch: 1, seq: 5, heads: 2, dim: 16 };
     let (qkv, dout) = case.inputs(DType::F32, 20, 1.0);
-    let got = to_f32(DType::F32, &case.run(ctx, DType::F32, &qkv, &dout)?.dqkv);
-    let bounds = case.reference(&qkv, &dout, DType::F32).dqkv.1;
+    let got = to_f32(DType::F32, &case.run(ctx, Tier::Alu, DType::F32, &qkv, &dout)?.dqkv);
+    let bounds = case.reference(&qkv, &dout, DType::F32, Tier::Alu).dqkv.1;
     let mut x: Vec<_> = qkv.iter().map(|v| f64::from(*v)).collect();
     let (mut want, mut bound) = (Vec::new(), Vec::new());
     for i in 0..x.len() {
@@ -438,29 +491,45 @@ fn gradients_equal_finite_differences(ctx: &Context, _: usize) -> Result<(), Fai
 fn later_tokens_change_nothing_earlier(ctx: &Context, _: usize) -> Result<(), Failed> {
     let case = Case { batch: 1, seq: 100, heads: 2, dim: 16 };
     for dtype in [DType::F32, DType::BF16] {
-        let (mut qkv, mut dout) = case.inputs(dtype, 30, 1.0);
-        let before = case.run(ctx, dtype, &qkv, &dout)?;
-        for first in [77, 1] {
-            for v in &mut qkv[first * 3 * case.cols()..] {
-                *v = 2.0 - *v;
+        for tier in tiers(ctx, dtype) {
+            // Larger scores exceed what tensor cores' weights are relative to, in some rows and not in others.
+            for size in if tier == Tier::Tensor { &[1.0, 10.0][..] } else { &[1.0] } {
+                later_tokens(ctx, &case, tier, dtype, *size)?;
             }
-            for v in &mut dout[first * case.cols()..] {
-                *v = -*v;
-            }
-            let (qkv, dout) =
-                (to_f32(dtype, &narrowed(dtype, &qkv)), to_f32(dtype, &narrowed(dtype, &dout)));
-            let after = case.run(ctx, dtype, &qkv, &dout)?;
-            let row = case.cols() * dtype.size();
-            assert_bytes("out", &after.out[..first * row], &before.out[..first * row]);
-            let lses = first * case.heads * 4;
-            assert_bytes("lse", &after.lse[..lses], &before.lse[..lses]);
-            for i in 0..first {
-                let dq = i * 3 * row..i * 3 * row + row;
-                assert_bytes("dq", &after.dqkv[dq.clone()], &before.dqkv[dq]);
-            }
-            let changed = first * row..(first + 1) * row;
-            assert_ne!(after.out[changed.clone()], before.out[changed], "row {first} of out");
         }
+    }
+    Ok(())
+}
+
+fn later_tokens(
+    ctx: &Context,
+    case: &Case,
+    tier: Tier,
+    dtype: DType,
+    size: f32,
+) -> Result<(), Failed> {
+    let (mut qkv, mut dout) = case.inputs(dtype, 30, size);
+    let before = case.run(ctx, tier, dtype, &qkv, &dout)?;
+    for first in [77, 1] {
+        for v in &mut qkv[first * 3 * case.cols()..] {
+            *v = 2.0 - *v;
+        }
+        for v in &mut dout[first * case.cols()..] {
+            *v = -*v;
+        }
+        let (qkv, dout) =
+            (to_f32(dtype, &narrowed(dtype, &qkv)), to_f32(dtype, &narrowed(dtype, &dout)));
+        let after = case.run(ctx, tier, dtype, &qkv, &dout)?;
+        let row = case.cols() * dtype.size();
+        assert_bytes("out", &after.out[..first * row], &before.out[..first * row]);
+        let lses = first * case.heads * 4;
+        assert_bytes("lse", &after.lse[..lses], &before.lse[..lses]);
+        for i in 0..first {
+            let dq = i * 3 * row..i * 3 * row + row;
+            assert_bytes("dq", &after.dqkv[dq.clone()], &before.dqkv[dq]);
+        }
+        let changed = first * row..(first + 1) * row;
+        assert_ne!(after.out[changed.clone()], before.out[changed], "row {first} of out");
     }
     Ok(())
 }
@@ -468,18 +537,23 @@ fn later_tokens_change_nothing_earlier(ctx: &Context, _: usize) -> Result<(), Fa
 /// A sequence among others gives the same bits as alone, and so twice.
 fn sequences_are_independent(ctx: &Context, _: usize) -> Result<(), Failed> {
     let case = Case { batch: 3, seq: 66, heads: 2, dim: 16 };
-    let (qkv, dout) = case.inputs(DType::F32, 40, 1.0);
-    let all = case.run(ctx, DType::F32, &qkv, &dout)?;
-    let alone = Case { batch: 1, ..case };
-    for b in 0..case.batch {
-        let part = |x: &[f32]| x[b * x.len() / 3..(b + 1) * x.len() / 3].to_vec();
-        let one = alone.run(ctx, DType::F32, &part(&qkv), &part(&dout))?;
-        for (what, all, one) in [
-            ("out", &all.out, &one.out),
-            ("lse", &all.lse, &one.lse),
-            ("dqkv", &all.dqkv, &one.dqkv),
-        ] {
-            assert_bytes(what, one, &all[b * one.len()..(b + 1) * one.len()]);
+    for (dtype, tier) in [(DType::F32, Tier::Alu), (DType::BF16, Tier::Tensor)] {
+        if !tiers(ctx, dtype).contains(&tier) {
+            continue;
+        }
+        let (qkv, dout) = case.inputs(dtype, 40, 1.0);
+        let all = case.run(ctx, tier, dtype, &qkv, &dout)?;
+        let alone = Case { batch: 1, ..case };
+        for b in 0..case.batch {
+            let part = |x: &[f32]| x[b * x.len() / 3..(b + 1) * x.len() / 3].to_vec();
+            let one = alone.run(ctx, tier, dtype, &part(&qkv), &part(&dout))?;
+            for (what, all, one) in [
+                ("out", &all.out, &one.out),
+                ("lse", &all.lse, &one.lse),
+                ("dqkv", &all.dqkv, &one.dqkv),
+            ] {
+                assert_bytes(what, one, &all[b * one.len()..(b + 1) * one.len()]);
+            }
         }
     }
     Ok(())
@@ -531,6 +605,26 @@ fn attention_mismatches_are_errors(ctx: &Context, _: usize) -> Result<(), Failed
             cpu.forward(&mut Context::cpu().stream(), &qkv, &mut f32s(6, 32)?, &mut f32s(6, 2)?),
             "CPU",
         );
+    }
+    Ok(())
+}
+
+fn tiers_are_as_asked_for(ctx: &Context, _: usize) -> Result<(), Failed> {
+    let desc = AttentionDesc { batch: 2, seq: 3, heads: 2, head_dim: 16 };
+    let alu = Attention::with_tier(ctx, &desc, Tier::Alu)?;
+    assert_eq!([alu.tier(DType::F32), alu.tier(DType::BF16)], [Tier::Alu; 2]);
+    let error = Attention::with_tier(ctx, &desc, Tier::Exact).unwrap_err().to_string();
+    assert!(error.contains("exact"), "{error}");
+    let best = Attention::new(ctx, &desc)?;
+    match Attention::with_tier(ctx, &desc, Tier::Tensor) {
+        Ok(tensor) => {
+            assert_eq!(tensor.tier(DType::F32), Tier::Alu);
+            assert_eq!([tensor.tier(DType::BF16), best.tier(DType::BF16)], [Tier::Tensor; 2]);
+        }
+        Err(error) => {
+            assert!(error.to_string().contains("cooperative matrices"), "{error}");
+            assert_eq!(best.tier(DType::BF16), Tier::Alu);
+        }
     }
     Ok(())
 }

@@ -49,7 +49,7 @@ struct Args {
     /// Draw time against size, for the cubes.
     #[arg(long, value_name = "FILE")]
     svg_cubes: Option<PathBuf>,
-    /// auto, cpu, gpu, or a part of an adapter's name.
+    /// auto, cpu, gpu, a part of an adapter's name, or #0, #1, ….
     #[arg(long, default_value = "auto", conflicts_with = "compare")]
     device: DeviceChoice,
 }

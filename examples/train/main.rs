@@ -18,9 +18,11 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use microscaling::train::checkpoint::Checkpoint;
 use microscaling::train::data::{Batches, BatchesDesc, Corpus, Limits, cargo_sources};
+use microscaling::train::linear::Draws;
 use microscaling::train::model::ModelDesc;
 use microscaling::train::recipe::Recipe;
 use microscaling::train::trainer::{RunDesc, Trainer};
+use microscaling::train::tune::{self, Tuner};
 use microscaling::{Context, DeviceChoice, Error, Options, report as report_time};
 
 use metrics::{Metrics, Record};
@@ -49,7 +51,7 @@ struct Args {
     /// Print a preset as a file for --recipe, and leave
     #[arg(long, value_name = "NAME")]
     show_recipe: Option<String>,
-    /// tiny (0.5M parameters), small (3.5M), 10m, 30m
+    /// tiny (0.5M parameters), small (3.5M), 10m, 30m, moe (8 experts, 10.6M)
     #[arg(long, default_value = "tiny")]
     model: String,
     /// Predict so many tokens beyond the next one, by a block and a head each
@@ -70,7 +72,7 @@ struct Args {
     /// Train every arm with so many seeds, from 0 on
     #[arg(long, default_value_t = 1)]
     seeds: u64,
-    /// auto, cpu, gpu, or a part of an adapter's name
+    /// auto, cpu, gpu, a part of an adapter's name, or #0, #1, …
     #[arg(long, default_value = "auto")]
     device: String,
     /// Where checkpoints, numbers and report go
@@ -88,6 +90,13 @@ struct Args {
     /// Say where the time of a step goes, kernel by kernel, after a few steps of the first arm, and leave
     #[arg(long)]
     profile: bool,
+    /// Choose the blocks of the arm, which is the only one: after some steps in bf16 (--steps, by default 40), the largest
+    /// ones with few errors. FILE is for --recipe
+    #[arg(long, value_name = "FILE")]
+    tune: Option<PathBuf>,
+    /// How many times the squared error of blocks of 16 a larger one may have
+    #[arg(long, value_name = "FACTOR", default_value_t = tune::LOSS, requires = "tune")]
+    tune_loss: f64,
     /// Batches of held-out text to measure on, at most
     #[arg(long, default_value_t = 16)]
     held_out: usize,
@@ -129,6 +138,8 @@ fn main() {
 fn run() -> Result<()> {
     env_logger::init();
     let args = Args::parse();
+    // The CPU engine's steps are many short parallel loops: this thread takes part in them, and need not be woken after each.
+    rayon::ThreadPoolBuilder::new().use_current_thread().build_global()?;
     if let Some(name) = &args.show_recipe {
         print!("{}", Recipe::preset(name)?.to_toml()?);
         return Ok(());
@@ -152,13 +163,16 @@ fn run() -> Result<()> {
         .into());
     }
     let Some(mut model) = ModelDesc::preset(&args.model) else {
-        return Err(format!("no model {:?}; there are tiny, small, 10m, 30m", args.model).into());
+        return Err(
+            format!("no model {:?}; there are tiny, small, 10m, 30m, moe", args.model).into()
+        );
     };
     model.mtp = args.mtp;
     model.batch = args.batch.unwrap_or(model.batch);
     model.seq = args.seq.unwrap_or(model.seq);
     model.validate()?;
     let steps = args.steps.unwrap_or_else(|| match args.model.as_str() {
+        _ if args.tune.is_some() => 40,
         "tiny" => 300,
         _ => (25 * model.parameters()).div_ceil(model.tokens()) as u64,
     });
@@ -239,6 +253,15 @@ fn run() -> Result<()> {
         header,
     };
 
+    if let Some(path) = &args.tune {
+        if !(args.tune_loss >= 1.0) {
+            return Err(format!("--tune-loss {}: at least 1", args.tune_loss).into());
+        }
+        let [recipe] = &recipes[..] else {
+            return Err("--tune takes one arm: --arms mxfp4, or another".into());
+        };
+        return tune(&setting.ctx, &model, recipe, steps, &first, args.tune_loss, path);
+    }
     if args.profile {
         for recipe in &recipes {
             profile(&setting.ctx, &model, recipe, steps, &first)?;
@@ -320,6 +343,44 @@ fn run() -> Result<()> {
     }
 }
 
+/// Steps at the end of a run in bf16 whose tensors are measured.
+const SAMPLES: u64 = 3;
+
+/// Writes the recipe with the largest blocks that lose little, and prints what each would lose.
+fn tune(
+    ctx: &Context,
+    model: &ModelDesc,
+    recipe: &Recipe,
+    steps: u64,
+    batches: &Batches,
+    loss: f64,
+    path: &Path,
+) -> Result<()> {
+    let mut dense = Recipe::preset("bf16")?;
+    dense.optimizer = recipe.optimizer.clone();
+    let run = RunDesc { model: model.clone(), recipe: dense, seed: 0, steps, data: String::new() };
+    let mut trainer = Trainer::new(ctx, &run)?;
+    let mut tuner = Tuner::new(recipe)?;
+    trainer.model.keep_operands()?;
+    for step in 0..steps {
+        trainer.train(&batches.batch(step), false)?;
+        if step + SAMPLES >= steps {
+            let draws = Draws { seed: 0, step: step as u32 + 1 };
+            pollster::block_on(tuner.sample(ctx, &trainer.model, draws))?;
+        }
+    }
+    println!(
+        "\nrelative mean squared error of the operands of {}, after {steps} steps in bf16;\n\
+         * the largest block within {loss} times the error of 16\n\n{}",
+        recipe.name,
+        tuner.table(loss)
+    );
+    std::fs::write(path, tuner.recipe(loss)?.to_toml()?)
+        .map_err(|error| format!("{}: {error}", path.display()))?;
+    println!("\nrecipe: {}", path.display());
+    Ok(())
+}
+
 /// Prints where the time of a step goes.
 fn profile(
     ctx: &Context,
@@ -348,16 +409,22 @@ fn profile(
     ctx.wait_blocking()?;
     let whole = start.elapsed().as_secs_f64() / 10.0;
     let tokens = batches.batch(30);
+    let start = Instant::now();
+    let mut stream = ctx.stream();
+    trainer.record(&mut stream, &tokens, false)?;
+    ctx.submit(stream)?;
+    let recording = start.elapsed().as_secs_f64();
     let kernels = pollster::block_on(report_time::profile(ctx, |stream| {
         trainer.record(stream, &tokens, false)
     }))?;
     let sum: f64 = kernels.iter().map(|(_, _, time)| time.as_secs_f64()).sum();
     println!(
-        "\n{}: a step takes {:.2} ms, {:.0} tokens/s; its kernels {:.2} ms",
+        "\n{}: a step takes {:.2} ms, {:.0} tokens/s; its kernels {:.2} ms, recording it {:.2} ms",
         recipe.name,
         whole * 1e3,
         model.tokens() as f64 / whole,
-        sum * 1e3
+        sum * 1e3,
+        recording * 1e3
     );
     for (name, times, time) in kernels.iter().take(40) {
         let time = time.as_secs_f64();
@@ -393,7 +460,7 @@ fn train(
     let mut saved = Instant::now();
     let mut since = Instant::now();
     let mut from = trainer.step();
-    let save = |trainer: &Trainer| -> Result<()> {
+    let save = |trainer: &mut Trainer| -> Result<()> {
         let checkpoint = pollster::block_on(trainer.checkpoint())?;
         Ok(checkpoint.save_latest(directory)?)
     };
@@ -426,7 +493,6 @@ fn train(
             };
             let took = since.elapsed();
             let rate = (step - from) as f64 * tokens as f64 / took.as_secs_f64();
-            bar.update(step, status.loss, rate, took);
             record.loss = Some(status.loss);
             record.grad_norm = Some(status.norm);
             record.tokens_per_second = Some(rate);
@@ -447,9 +513,9 @@ fn train(
             if evaluate {
                 let held_out = (0..evaluations).map(|i| batches.held_out(i));
                 let loss = pollster::block_on(trainer.evaluate(held_out))?;
-                bar.held_out(loss);
                 record.heldout = Some(loss);
             }
+            bar.update(step, status.loss, record.heldout, rate, took);
             if step == steps {
                 let text = pollster::block_on(trainer.generate(PROMPT, WRITTEN, 0.8))?;
                 record.text =
@@ -464,13 +530,13 @@ fn train(
                 )?;
             }
             if step == steps || saved.elapsed() >= setting.save_every {
-                save(&trainer)?;
+                save(&mut trainer)?;
                 saved = Instant::now();
             }
             (since, from) = (Instant::now(), step);
         }
         if stop && step < steps {
-            save(&trainer)?;
+            save(&mut trainer)?;
             bar.finish(&format!("stopped after step {step}, saved"));
             return Ok(End::Stopped);
         }

@@ -74,40 +74,41 @@ impl Progress {
 }
 
 impl Run {
-    /// The run is at `step`, reached with this loss; `took` is the time since the last call, without what other runs
-    /// took.
-    pub fn update(&mut self, step: u64, loss: f64, tokens_per_second: f64, took: Duration) {
+    /// The run is at `step`, reached with this loss, and a held-out loss if it was measured there; `took` is the time
+    /// since the last call, without what other runs took.
+    pub fn update(
+        &mut self,
+        step: u64,
+        loss: f64,
+        heldout: Option<f64>,
+        tokens_per_second: f64,
+        took: Duration,
+    ) {
         self.pace.steps += step.saturating_sub(self.step);
         self.pace.time += took;
         (self.step, self.loss, self.tokens_per_second) = (step, loss, tokens_per_second);
+        self.heldout = heldout.or(self.heldout);
         self.bar.set_position(step);
-        self.show(false);
-    }
-
-    /// The run's held-out loss at its step.
-    pub fn held_out(&mut self, loss: f64) {
-        self.heldout = Some(loss);
-        self.show(true);
+        if !self.lines {
+            self.bar.set_message(self.message());
+        } else if heldout.is_some() || self.told.is_none_or(|told| told.elapsed() >= PAUSE) {
+            self.told = Some(Instant::now());
+            self.tell(&self.message());
+        }
     }
 
     /// The run is over: done, or stopped, or failed, as `words` say.
     pub fn finish(self, words: &str) {
         let message = format!("{}  {words}", self.message());
         if self.lines {
-            let _ = writeln!(io::stderr(), "{} {}/{}  {message}", self.name, self.step, self.steps);
+            self.tell(&message);
         }
         self.bar.abandon_with_message(message);
     }
 
-    fn show(&mut self, now: bool) {
-        if !self.lines {
-            return self.bar.set_message(self.message());
-        }
-        if now || self.told.is_none_or(|told| told.elapsed() >= PAUSE) {
-            self.told = Some(Instant::now());
-            let message = self.message();
-            let _ = writeln!(io::stderr(), "{} {}/{}  {message}", self.name, self.step, self.steps);
-        }
+    fn tell(&self, message: &str) {
+        // Nobody to read it is no reason to end.
+        let _ = writeln!(io::stderr(), "{} {}/{}  {message}", self.name, self.step, self.steps);
     }
 
     fn message(&self) -> String {
@@ -151,8 +152,8 @@ mod tests {
     #[test]
     fn the_time_left_is_that_of_the_steps_of_this_start() {
         let mut run = Progress::new(1000).add("mxfp4", 8, 500).unwrap();
-        run.update(510, 2.5, 1234.0, Duration::from_secs(20));
-        run.held_out(2.25);
+        run.update(505, 2.75, Some(2.25), 1234.0, Duration::from_secs(10));
+        run.update(510, 2.5, None, 1234.0, Duration::from_secs(10));
         assert_eq!(run.message(), "loss 2.5000  held-out 2.2500  1.23k tok/s  16 min 20 s left");
     }
 }

@@ -45,7 +45,7 @@ impl Spread {
         (!values.is_empty()).then_some(Spread { mean, deviation })
     }
 
-    fn show(&self, decimals: usize, sign: bool) -> String {
+    fn show(&self, decimals: usize, sign: bool, unit: &str) -> String {
         if !self.mean.is_finite() {
             return "not finite".into();
         }
@@ -54,7 +54,7 @@ impl Spread {
             false => format!("{:.decimals$}", self.mean),
         };
         let spread = self.deviation.map_or(String::new(), |d| format!(" ± {d:.decimals$}"));
-        (mean + &spread).replace('-', "−")
+        (mean + &spread + unit).replace('-', "−")
     }
 }
 
@@ -67,7 +67,7 @@ pub struct Summary {
     pub tokens: u64,
     /// The last one of each seed, in nats a byte.
     pub heldout: Option<Spread>,
-    /// In percent, of each seed where it and the baseline of the same seed were last measured at the same step.
+    /// In percent, at the latest step at which a seed of both was measured, over the seeds that were.
     pub gap: Option<Spread>,
     /// The median of all that was measured.
     pub tokens_per_second: Option<f64>,
@@ -79,6 +79,11 @@ pub struct Summary {
 
 /// The held-out losses of an arm, by seed and step.
 type HeldOut = BTreeMap<u64, BTreeMap<u64, f64>>;
+
+/// The values of several seeds, by step.
+type BySteps = BTreeMap<u64, Vec<f64>>;
+/// The points of a line.
+type Line = Vec<(f64, f64)>;
 
 /// The records of an arm.
 struct Arm<'a> {
@@ -107,8 +112,8 @@ fn arms<'a>(records: &'a [Record], baseline: &str) -> Vec<Arm<'a>> {
 }
 
 /// Gaps in percent by step: one for each seed of which both are there.
-fn gaps(arm: &HeldOut, baseline: &HeldOut) -> BTreeMap<u64, Vec<f64>> {
-    let mut gaps: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
+fn gaps(arm: &HeldOut, baseline: &HeldOut) -> BySteps {
+    let mut gaps: BySteps = BTreeMap::new();
     for (seed, losses) in arm {
         for (step, loss) in losses {
             if let Some(reference) = baseline.get(seed).and_then(|losses| losses.get(step)) {
@@ -127,7 +132,6 @@ pub fn summarize(records: &[Record], baseline: &str) -> Vec<Summary> {
         let all = || arm.runs.values().flatten();
         let last: Vec<f64> =
             arm.heldout.values().filter_map(|losses| losses.values().last()).copied().collect();
-        // Seeds whose last common step is the same as that of the others: the latest one.
         let gap = reference
             .filter(|reference| reference.name != arm.name)
             .and_then(|reference| gaps(&arm.heldout, &reference.heldout).into_values().next_back());
@@ -154,7 +158,7 @@ const COLUMNS: [&str; 7] =
 fn cells(summary: &Summary, baseline: &str) -> [String; 7] {
     let dash = || "–".to_string();
     let spread = |spread: &Option<Spread>, decimals, sign, unit: &str| {
-        spread.as_ref().map_or_else(dash, |s| s.show(decimals, sign) + unit)
+        spread.as_ref().map_or_else(dash, |s| s.show(decimals, sign, unit))
     };
     [
         summary.arm.clone() + if summary.diverged { " (diverged)" } else { "" },
@@ -198,7 +202,7 @@ pub fn short(value: f64) -> String {
         prefixes.into_iter().find(|(unit, _)| magnitude >= 0.9995 * unit).unwrap_or((1.0, ""));
     let scaled = value / unit;
     let decimals = match scaled.abs() {
-        s if s >= 99.95 || s.fract() == 0.0 => 0,
+        s if s >= 99.95 || unit == 1.0 && s.fract() == 0.0 => 0,
         s if s >= 9.995 => 1,
         _ => 2,
     };
@@ -224,14 +228,16 @@ const BOTTOM: f64 = 38.0;
 const HUES: usize = 8;
 /// Steps up to this share of the run do not widen the axis of y: the first losses would flatten everything else.
 const EARLY: f64 = 0.04;
+/// The points of a line, and of one that is smoothed.
 const POINTS: usize = 240;
+const SMOOTHED: usize = 80;
 
 /// What belongs to one arm in a chart.
 struct Series {
     hue: usize,
     name: String,
     /// Lines without marks, drawn thin and pale.
-    thin: Vec<Vec<(f64, f64)>>,
+    thin: Vec<Line>,
     /// A line with marks: x, and the mean, least and greatest y.
     marked: Vec<(f64, [f64; 3])>,
 }
@@ -305,8 +311,8 @@ impl Chart<'_> {
              <text x=\"{right}\" y=\"{:.1}\" text-anchor=\"end\" class=\"pale\">tokens</text>",
             HEIGHT - 4.0
         );
-        // A nested picture clips what is outside of the axes; an id would have to differ from chart to chart.
-        let (w, h) = (right - LEFT, bottom - TOP);
+        // A nested picture clips what is outside of the axes, but not the last mark; an id would have to differ from chart to chart.
+        let (w, h) = (right - LEFT + 4.0, bottom - TOP);
         let _ = write!(
             svg,
             "<svg x=\"{LEFT}\" y=\"{TOP}\" width=\"{w}\" height=\"{h}\" viewBox=\"{LEFT} {TOP} {w} {h}\">"
@@ -399,10 +405,13 @@ fn ticks(from: f64, to: f64, count: usize) -> Vec<(f64, String)> {
     let values: Vec<f64> = (first..=last).map(|i| i as f64 * step).collect();
     // One prefix for all of an axis.
     let greatest = values.iter().fold(0.0, |a: f64, b| a.max(b.abs()));
-    let (unit, prefix) = [(1e9, "G"), (1e6, "M"), (1e3, "k")]
-        .into_iter()
-        .find(|(unit, _)| greatest >= *unit && step >= unit / 1000.0 * 0.999)
-        .unwrap_or((1.0, ""));
+    let (unit, suffix) = match greatest.log10().floor() {
+        power if power < -3.0 => (10f64.powf(power), format!("e{power}")),
+        _ => [(1e9, "G"), (1e6, "M"), (1e3, "k")]
+            .into_iter()
+            .find(|(unit, _)| greatest >= *unit && step >= unit / 1000.0 * 0.999)
+            .map_or((1.0, String::new()), |(unit, prefix)| (unit, prefix.into())),
+    };
     let label = |value: f64| {
         if value == 0.0 {
             return "0".into();
@@ -417,7 +426,7 @@ fn ticks(from: f64, to: f64, count: usize) -> Vec<(f64, String)> {
                 (shifted - shifted.round()).abs() < 1e-6 * shifted
             })
             .unwrap_or(6);
-        format!("{:.*}{prefix}", decimals as usize, value / unit).replace('-', "−")
+        format!("{:.*}{suffix}", decimals as usize, value / unit).replace('-', "−")
     };
     values.into_iter().map(|value| (value, label(value))).collect()
 }
@@ -433,23 +442,13 @@ fn digits(value: f64) -> String {
     .replace('-', "−")
 }
 
-/// A running mean over a fortieth of the line, at not more than [`POINTS`] places.
-fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    let keep = (-1.0 / (points.len() as f64 / 40.0).max(1.0)).exp();
-    let every = points.len().div_ceil(POINTS).max(1);
-    let (mut sum, mut weight) = (0.0, 0.0);
-    let mut out = Vec::new();
-    for (i, (x, y)) in points.iter().enumerate() {
-        match y.is_finite() {
-            true => (sum, weight) = (keep * sum + y, keep * weight + 1.0),
-            // The line ends, and may begin anew.
-            false => (sum, weight) = (0.0, 0.0),
-        }
-        if !y.is_finite() || i % every == 0 || i + 1 == points.len() {
-            out.push((*x, if weight > 0.0 { sum / weight } else { f64::NAN }));
-        }
-    }
-    out
+/// The means of about `count` pieces of a line. A piece with a value that is not finite is a gap.
+fn thinned(points: &[(f64, f64)], count: usize) -> Line {
+    let mean = |piece: &[(f64, f64)]| {
+        let n = piece.len() as f64;
+        piece.iter().fold((0.0, 0.0), |sum, point| (sum.0 + point.0 / n, sum.1 + point.1 / n))
+    };
+    points.chunks(points.len().div_ceil(count).max(1)).map(mean).collect()
 }
 
 /// The mean, least and greatest of the finite values.
@@ -463,8 +462,8 @@ fn extent(values: &[f64]) -> [f64; 3] {
 }
 
 /// The points of one number, run by run.
-fn lines(arm: &Arm<'_>, number: impl Fn(&Record) -> Option<f64>) -> Vec<Vec<(f64, f64)>> {
-    let line = |run: &Vec<&Record>| -> Vec<(f64, f64)> {
+fn lines(arm: &Arm<'_>, number: impl Fn(&Record) -> Option<f64>) -> Vec<Line> {
+    let line = |run: &Vec<&Record>| -> Line {
         run.iter().filter_map(|r| Some((r.tokens as f64, number(r)?))).collect()
     };
     arm.runs.values().map(line).filter(|line| !line.is_empty()).collect()
@@ -481,8 +480,7 @@ fn charts(records: &[Record], baseline: &str) -> [String; 3] {
         let mut all = arm.runs.values().flatten();
         all.find(|r| r.step == step).map_or(f64::NAN, |r| r.tokens as f64)
     };
-    type Curves = (Vec<Vec<(f64, f64)>>, BTreeMap<u64, Vec<f64>>);
-    let each = |make: &dyn Fn(&Arm<'_>) -> Curves| {
+    let each = |make: &dyn Fn(&Arm<'_>) -> (Vec<Line>, BySteps)| {
         let series = arms.iter().enumerate().map(|(i, arm)| {
             let (thin, by_step) = make(arm);
             let marked =
@@ -493,7 +491,7 @@ fn charts(records: &[Record], baseline: &str) -> [String; 3] {
         series.filter(|s| !s.thin.is_empty() || !s.marked.is_empty()).collect::<Vec<_>>()
     };
     let by_step = |losses: &HeldOut| {
-        let mut steps: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
+        let mut steps: BySteps = BTreeMap::new();
         for (step, loss) in losses.values().flatten() {
             steps.entry(*step).or_default().push(*loss);
         }
@@ -509,7 +507,7 @@ fn charts(records: &[Record], baseline: &str) -> [String; 3] {
         note: loss_note,
         zero: false,
         series: each(&|arm| {
-            let thin = lines(arm, |r| r.loss).iter().map(|line| smooth(line)).collect();
+            let thin = lines(arm, |r| r.loss).iter().map(|line| thinned(line, SMOOTHED)).collect();
             (thin, by_step(&arm.heldout))
         }),
     }
@@ -530,7 +528,7 @@ fn charts(records: &[Record], baseline: &str) -> [String; 3] {
     let thin = |number: &dyn Fn(&Record) -> Option<f64>| {
         let smoothed = |arm: &Arm<'_>| {
             let lines = lines(arm, number);
-            (lines.iter().map(|line| smooth(line)).collect(), BTreeMap::new())
+            (lines.iter().map(|line| thinned(line, POINTS)).collect(), BTreeMap::new())
         };
         let mut series = each(&smoothed);
         for series in &mut series {
@@ -724,7 +722,7 @@ mod tests {
             let ticks = ticks(from, to, 6);
             let labels: BTreeSet<&String> = ticks.iter().map(|(_, label)| label).collect();
             assert!((3..9).contains(&ticks.len()) && labels.len() == ticks.len(), "{ticks:?}");
-            assert!(labels.iter().all(|label| label.chars().count() <= 6), "{ticks:?}");
+            assert!(labels.iter().all(|label| label.chars().count() <= 7), "{ticks:?}");
         }
         let labels: Vec<String> = ticks(0.0, 5e7, 5).into_iter().map(|(_, label)| label).collect();
         assert_eq!(labels, ["0", "10M", "20M", "30M", "40M", "50M"]);
@@ -734,13 +732,15 @@ mod tests {
     }
 
     #[test]
-    fn smoothing_keeps_the_ends_and_breaks_at_gaps() {
+    fn thinned_lines_break_at_what_is_not_finite() {
         let line: Vec<(f64, f64)> =
-            (0..1000).map(|i| (i as f64, if i == 500 { f64::NAN } else { 2.0 })).collect();
-        let smoothed = smooth(&line);
-        assert!(smoothed.len() < POINTS + 3 && smoothed.last().unwrap().0 == 999.0);
-        assert_eq!(smoothed.iter().filter(|(_, y)| y.is_nan()).count(), 1);
-        assert!(smoothed.iter().all(|(_, y)| y.is_nan() || (y - 2.0).abs() < 1e-12));
+            (0..1000).map(|i| (f64::from(i), if i == 500 { f64::NAN } else { 2.0 })).collect();
+        let thin = thinned(&line, POINTS);
+        assert!(thin.len() <= POINTS && thin[0].0 == 2.0);
+        assert_eq!(thin.iter().filter(|(_, y)| y.is_nan()).count(), 1);
+        assert!(thin.iter().all(|(_, y)| y.is_nan() || (y - 2.0).abs() < 1e-12));
+        assert_eq!(thinned(&line[..3], POINTS), line[..3]);
+        assert!(thinned(&[], POINTS).is_empty());
     }
 
     #[test]

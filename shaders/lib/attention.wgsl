@@ -1,5 +1,5 @@
-// What the attention kernels share: their parameters, the tile of a workgroup, the way of scores through workgroup memory
-// from the invocations that have them to all, and the store of a tile of results.
+// What the attention kernels on ALUs share: the way of scores through workgroup memory from the invocations that have them
+// to all, and the store of a tile of results.
 //
 // Workgroup memory holds two operands of a product, DEPTH contracted positions of each, position k at [k / 4][k % 4]: of A
 // TILE outputs, and of B TILE or WIDTH, four neighbouring outputs a vector. Vector v of position k lies at v ^ 2 · (k / 4)
@@ -9,29 +9,8 @@
 // An invocation (ty, tx) has the rows i / 4 · 4 DOWN + 4 ty + i % 4, i < TM, and of a product with N columns an invocation
 // the columns j / 4 · 4 ACROSS + 4 tx + j % 4, j < N.
 
-struct Params {
-    seq: u32,
-    heads: u32,
-    quads: u32,     // of a head's row, at most WIDTH / 4
-    tiles: u32,     // of a sequence
-    groups: u32,    // workgroups with work: tiles · heads · batch
-    scale: f32,     // of the scores
-}
-
 var<workgroup> memory_a: array<array<array<vec4<f32>, TILE / 4u>, 4>, DEPTH / 4u>;
 var<workgroup> memory_b: array<array<array<vec4<f32>, max(TILE, WIDTH) / 4u>, 4>, DEPTH / 4u>;
-
-struct Place {
-    head: u32,
-    row: u32,       // the sequence's first, of all rows
-    tile: u32,
-}
-
-// The tiles of one head are neighbours, as they read the same keys.
-fn place_of(group: u32) -> Place {
-    let sequence = group / p.tiles;
-    return Place(sequence % p.heads, sequence / p.heads * p.seq, group % p.tiles);
-}
 
 // Row i of an invocation, within the tile.
 fn row_of(i: u32, ty: u32) -> u32 { return i / 4u * (4u * DOWN) + 4u * ty + i % 4u; }

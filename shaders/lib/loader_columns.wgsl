@@ -13,7 +13,12 @@ fn op_ahead(units: ptr<function, array<op_Unit, OP_UNITS>>, row0: u32, limit: u3
         let e = own_thread + u * (WG / SLICES);
         let i = min(row0 + e % OP_EIGHTS * 8u, limit - 7u);
         let at = e / OP_EIGHTS;
-        (*units)[u] = op_codes[((op_k0 + k + at / 8u * 32u + at % 8u) * p.op_pitch + op_i0 + i) / 8u];
+        let position = k + at / 8u * 32u + at % 8u;
+        if (GROUPED_K && position >= k_end()) {
+            (*units)[u] = vec4<u32>();
+        } else {
+            (*units)[u] = op_codes[((op_k0 + position) * p.op_pitch + op_i0 + i) / 8u];
+        }
     }
 }
 

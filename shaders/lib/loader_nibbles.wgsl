@@ -14,8 +14,12 @@ fn op_open(units: ptr<function, array<op_Unit, OP_UNITS>>, row0: u32, limit: u32
 fn op_ahead(units: ptr<function, array<op_Unit, OP_UNITS>>, row0: u32, limit: u32, r0: u32, k: u32) {
     for (var u = 0u; u < OP_UNITS; u++) { // unroll
         let i = op_within(row0 + r0 + u * ROW_STEP, limit);
-        (*units)[u].next = op_codes[(op_i0 + i) * (p.op_pitch / 4u) + k / 32u + lane_part()];
-        if (OP_BLOCK == 32u && !OP_SCALE_E4M3) {
+        if (GROUPED_K && k + lane_part() * 32u >= k_end()) {
+            (*units)[u].next = vec4<u32>();
+        } else {
+            (*units)[u].next = op_codes[(op_i0 + i) * (p.op_pitch / 4u) + k / 32u + lane_part()];
+        }
+        if (OP_SCALE_WORDS) {
             // A word has the scales of the chunk's four blocks.
             (*units)[u].scale = op_scales[(op_i0 + i) / OP_LINES * (p.op_blocks / 4u) + k / 128u];
         } else {
@@ -32,7 +36,7 @@ fn op_decode(units: ptr<function, array<op_Unit, OP_UNITS>>, j: u32) {
     for (var u = 0u; u < OP_UNITS; u++) { // unroll
         if (j == 0u) {
             var scale = (*units)[u].scale;
-            if (OP_BLOCK == 32u && !OP_SCALE_E4M3) { scale = (scale >> (8u * lane_part())) & 0xffu; }
+            if (OP_SCALE_WORDS) { scale = (scale >> (8u * lane_part())) & 0xffu; }
             (*units)[u].codes = (*units)[u].next;
             (*units)[u].factor = op_half_factor(scale, (*units)[u].anchor);
         }

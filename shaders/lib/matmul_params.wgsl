@@ -7,7 +7,7 @@ struct Params {
     tiles_m: u32,           // tiles of this dispatch; grouped: at most
     tiles_n: u32,
     batch: u32,
-    groups: u32,            // grouped: how many ranges of rows
+    groups: u32,            // grouped: how many ranges of rows, or of k
     experts: u32,
     a_first: u32,           // output index 0: its line in the bindings (transposed: position along the lines)
     a_global: u32,          // the same in the whole tensor
@@ -38,10 +38,11 @@ struct Params {
     key: vec4<u32>,
     counter: vec2<u32>,
     draws: u32,
+    slice: u32,             // k in slices: positions of each, a multiple of 128
 }
 
 // The tile of a workgroup; `rows` are left in it from its first row on.
-struct Tile { row: u32, col: u32, rows: u32, y_row: u32, valid: bool, there: bool }
+struct Tile { batch: u32, row: u32, col: u32, rows: u32, y_row: u32, valid: bool, there: bool }
 
 // Neighbouring workgroups share operands: RASTER tiles down before one across.
 fn tile_place(index: u32, lane: u32) -> Tile {
@@ -53,7 +54,7 @@ fn tile_place(index: u32, lane: u32) -> Tile {
     let height = min(p.tiles_m - first, RASTER);
     let tm = first + at % band % height;
     let tn = at % band / height;
-    var tile = Tile(tm * BM, tn * BN, 0u, 0u, true, index < tiles * p.batch);
+    var tile = Tile(batch, tm * BM, tn * BN, 0u, 0u, true, index < tiles * p.batch);
     if (GROUPED) {
         return tile_grouped(tile, tm, lane);
     }

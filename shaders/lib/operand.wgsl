@@ -7,6 +7,8 @@ var<private> op_g0: u32;    // the same in the whole tensor
 var<private> op_k0: u32;    // of k = 0: the position along the lines, or the line
 
 const OP_CODE_MASK = (1u << OP_BITS) - 1u;
+// Whether a chunk of whole 128 positions has its scales in a word: a group of k may start at any block.
+const OP_SCALE_WORDS = OP_BLOCK == 32u && !OP_SCALE_E4M3 && !GROUPED_K;
 
 fn op_scale(i: u32, k: u32) -> u32 {
     var row = (op_i0 + i) / OP_LINES;

@@ -8,12 +8,12 @@ fn op_code_at(line: u32, at: u32) -> u32 {
     return code & OP_CODE_MASK;
 }
 
-// Eight codes from k on, a multiple of 8, as a stream of 8 · OP_BITS bits; zero from p.k on.
+// Eight codes from k on, a multiple of 8, as a stream of 8 · OP_BITS bits; zero from k_end() on.
 fn op_raw8(i: u32, k: u32) -> vec2<u32> {
     var raw = op_stream(i, k);
-    if (k + 8u > p.k) {
+    if (k + 8u > k_end()) {
         // What pads a line may be anything.
-        let bits = (p.k - min(k, p.k)) * OP_BITS;
+        let bits = (k_end() - min(k, k_end())) * OP_BITS;
         raw.x = select(raw.x, extractBits(raw.x, 0u, bits), bits < 32u);
         raw.y = select(raw.y, extractBits(raw.y, 0u, max(bits, 32u) - 32u), bits < 64u);
     }

@@ -15,9 +15,22 @@ fn finished4(sum: vec4<f32>, ra: u32, rb: vec4<u32>, valid: bool) -> vec4<u32> {
         let v = ((bits ^ vec4<u32>(p.alpha)) & vec4<u32>(0x80000000u)) | (vec4<u32>(e) << vec4<u32>(23u)) | (bits & vec4<u32>(0x007fffffu));
         return select(v, vec4<u32>(), zero);
     }
+    // No index but constants: a vector that is indexed otherwise lives in memory.
     var v = vec4<u32>();
-    for (var c = 0u; c < 4u; c++) { v[c] = finished(sum[c], ra, rb[c], valid); }
+    for (var c = 0u; c < 4u; c++) {
+        let one = select(select(sum.x, sum.y, c == 1u), select(sum.z, sum.w, c == 3u), c >= 2u);
+        let anchor = select(select(rb.x, rb.y, c == 1u), select(rb.z, rb.w, c == 3u), c >= 2u);
+        v = select(v, vec4<u32>(finished(one, ra, anchor, valid)), vec4<u32>(0u, 1u, 2u, 3u) == vec4<u32>(c));
+    }
     return v;
+}
+
+// `added` of four.
+fn added4(a: vec4<u32>, b: vec4<u32>) -> vec4<u32> {
+    let sum = bitcast<vec4<u32>>(bitcast<vec4<f32>>(a) + bitcast<vec4<f32>>(b));
+    let magnitudes = vec4<u32>(0x7fffffffu);
+    let most = max(max(sum & magnitudes, a & magnitudes), b & magnitudes);
+    return select(sum, vec4<u32>(F32_NAN), most > vec4<u32>(F32_INFINITY));
 }
 
 // Rows first … first + STRIP_ROWS - 1 of the tile. An invocation keeps to its columns.
@@ -32,14 +45,11 @@ fn strip_store(tile: Tile, first: u32, lane: u32) {
             let at = ((tile.y_row + first + r) * p.y_pitch + p.y_col + j) / 4u;
             var value = finished4(strip_get4(r * BN + c), a_anchor(tile.row + first + r), rb, tile.valid);
             if ((p.beta & 0x7fffffffu) != 0u) {
-                let old = y_load(at);
-                for (var i = 0u; i < 4u; i++) {
-                    // The exclusive or is of nothing, and keeps the product from being fused with the sum.
-                    value[i] = added(value[i], bitcast<u32>(bitcast<f32>(p.beta) * bitcast<f32>(old[i])) ^ p.zero);
-                }
+                // The exclusive or is of nothing, and keeps the product from being fused with the sum.
+                value = added4(value, bitcast<vec4<u32>>(bitcast<f32>(p.beta) * bitcast<vec4<f32>>(y_load(at))) ^ vec4<u32>(p.zero));
             }
             if (BIAS) {
-                for (var i = 0u; i < 4u; i++) { value[i] = with_bias(value[i], j + i); }
+                value = added4(value, vec4<u32>(bias_at(j), bias_at(j + 1u), bias_at(j + 2u), bias_at(j + 3u)));
             }
             y_store(at, value);
         }

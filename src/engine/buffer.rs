@@ -74,7 +74,33 @@ impl DType {
             DType::F16 if nan => 0x7e00,
             DType::BF16 if nan => NAN >> 16,
             DType::F16 => u32::from(half::f16::from_f32(f32::from_bits(bits)).to_bits()),
-            DType::BF16 => u32::from(half::bf16::from_f32(f32::from_bits(bits)).to_bits()),
+            DType::BF16 => bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16,
+        }
+    }
+
+    /// [`DType::widen`] of 16-bit elements. The type that training uses is a constant of its loop, which so vectorises.
+    pub(crate) fn widen_all(self, halves: &[u16], values: &mut [f32]) {
+        let each = |dtype: DType, values: &mut [f32]| {
+            for (value, half) in values.iter_mut().zip(halves) {
+                *value = f32::from_bits(dtype.widen(u32::from(*half)));
+            }
+        };
+        match self {
+            DType::BF16 => each(DType::BF16, values),
+            dtype => each(dtype, values),
+        }
+    }
+
+    /// [`DType::narrow`] to 16-bit elements.
+    pub(crate) fn narrow_all(self, values: &[f32], halves: &mut [u16]) {
+        let each = |dtype: DType, halves: &mut [u16]| {
+            for (half, value) in halves.iter_mut().zip(values) {
+                *half = dtype.narrow(value.to_bits()) as u16;
+            }
+        };
+        match self {
+            DType::BF16 => each(DType::BF16, halves),
+            dtype => each(dtype, halves),
         }
     }
 }
@@ -349,14 +375,19 @@ impl Tensor {
             return bytemuck::cast_slice(&words[..self.rows * self.cols]).into();
         }
         let halves: &[u16] = &bytemuck::cast_slice(words)[..self.rows * self.cols];
-        let widen = |half: &u16| f32::from_bits(self.dtype.widen(u32::from(*half)));
+        let mut values = vec![0f32; halves.len()];
         #[cfg(not(target_arch = "wasm32"))]
         {
             use rayon::prelude::*;
-            halves.par_iter().with_min_len(1 << 14).map(widen).collect::<Vec<_>>().into()
+            const PIECE: usize = 1 << 14;
+            values
+                .par_chunks_mut(PIECE)
+                .zip(halves.par_chunks(PIECE))
+                .for_each(|(values, halves)| self.dtype.widen_all(halves, values));
         }
         #[cfg(target_arch = "wasm32")]
-        halves.iter().map(widen).collect::<Vec<_>>().into()
+        self.dtype.widen_all(halves, &mut values);
+        values.into()
     }
 
     /// Computes every row on the CPU engine, on all cores: `fill` gets its index and what it held.
@@ -365,27 +396,30 @@ impl Tensor {
         if self.rows * cols == 0 {
             return;
         }
-        let run = |(row, bytes): (usize, &mut [u8])| {
+        let run = |values: &mut Vec<f32>, (row, bytes): (usize, &mut [u8])| {
             if dtype == DType::F32 {
                 return fill(row, bytemuck::cast_slice_mut(bytes));
             }
             let halves: &mut [u16] = bytemuck::cast_slice_mut(bytes);
-            let mut values: Vec<f32> =
-                halves.iter().map(|h| f32::from_bits(dtype.widen(u32::from(*h)))).collect();
-            fill(row, &mut values);
-            for (half, value) in halves.iter_mut().zip(values) {
-                *half = dtype.narrow(value.to_bits()) as u16;
-            }
+            values.resize(cols, 0.0);
+            dtype.widen_all(halves, values);
+            fill(row, values);
+            dtype.narrow_all(values, halves);
         };
         let size = self.data.bytes();
         let bytes = &mut bytemuck::cast_slice_mut::<u32, u8>(self.data.cpu_mut())[..size];
         #[cfg(not(target_arch = "wasm32"))]
         {
             use rayon::prelude::*;
-            bytes.par_chunks_mut(cols * dtype.size()).enumerate().for_each(run);
+            let rows = bytes.par_chunks_mut(cols * dtype.size()).enumerate();
+            rows.for_each_init(Vec::new, run);
         }
         #[cfg(target_arch = "wasm32")]
-        bytes.chunks_mut(cols * dtype.size()).enumerate().for_each(run);
+        {
+            let mut values = Vec::new();
+            let rows = bytes.chunks_mut(cols * dtype.size()).enumerate();
+            rows.for_each(|row| run(&mut values, row));
+        }
     }
 }
 

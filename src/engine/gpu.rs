@@ -16,6 +16,8 @@ pub(crate) struct Gpu {
     pub(crate) device: wgpu::Device,
     pub(crate) queue: wgpu::Queue,
     pub(crate) caps: Caps,
+    /// Whether the adapter is a GPU with memory of its own.
+    pub(crate) discrete: bool,
     /// The largest buffer that can be bound whole.
     pub(crate) max_binding: u64,
     /// Whether the tensor tier may be emulated.
@@ -25,6 +27,7 @@ pub(crate) struct Gpu {
     /// Whether the device was opened with cooperative matrices of 16×16×16, bf16 to f32.
     pub(crate) bf16_matrices: bool,
     pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
+    scratch: Mutex<Option<wgpu::Buffer>>,
     lost: Arc<Mutex<Option<String>>>,
 }
 
@@ -67,11 +70,13 @@ impl Gpu {
             device,
             queue,
             caps: Caps::probe(adapter),
+            discrete: adapter.get_info().device_type == wgpu::DeviceType::DiscreteGpu,
             max_binding,
             emulate_tensor,
             matrices,
             bf16_matrices: false,
             pipelines: Mutex::default(),
+            scratch: Mutex::default(),
             lost,
         }
     }
@@ -126,6 +131,16 @@ impl Gpu {
             use wgpu::BufferUsages as Usage;
             Usage::STORAGE | Usage::COPY_SRC | Usage::COPY_DST
         })
+    }
+
+    /// A buffer of at least so many bytes for values that one recording writes and reads. All recordings share it, which is
+    /// safe because commands run in the order of their submission; where it has to grow, those before keep the old one.
+    pub(crate) fn scratch(&self, bytes: u64) -> Result<wgpu::Buffer> {
+        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*scratch {
+            Some(buffer) if buffer.size() >= bytes => Ok(buffer.clone()),
+            _ => Ok(scratch.insert(self.create_buffer("mx.scratch", bytes)?).clone()),
+        }
     }
 
     fn buffer(&self, what: &str, bytes: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {

@@ -1,11 +1,13 @@
 //! WGSL to SPIR-V for what naga cannot say yet, for drivers that take SPIR-V as it is.
 //!
-//! naga 30 writes the module; three instructions are then put right, each of them local and checked by its pattern:
+//! naga 30 writes the module; four instructions are then put right, each of them local and checked by its pattern:
 //! - cooperative matrices A and B loaded from memory typed f32 get the component type f16, which Vulkan allows whatever the
 //!   pointer's type is (SPV_KHR_cooperative_matrix), and naga does not; in a module with the line [`BF16_FRAGMENTS`] it is bfloat16
 //!   (SPV_KHR_bfloat16);
 //! - `unpack2x16float` followed by the conversion to f16, and the converse, become the bitcast that they are (naga types
-//!   `bitcast<vec2<f16>>` wrongly); exact either way.
+//!   `bitcast<vec2<f16>>` wrongly); exact either way;
+//! - a `subgroupBarrier` orders workgroup memory among the subgroup, which is all that invocations of a subgroup share (naga
+//!   names SubgroupMemory, a storage class that Vulkan does not have).
 
 use std::collections::HashMap;
 
@@ -27,10 +29,14 @@ const OP_TYPE_VECTOR: u16 = 23;
 const OP_CONSTANT: u16 = 43;
 const OP_F_CONVERT: u16 = 115;
 const OP_BITCAST: u16 = 124;
+const OP_CONTROL_BARRIER: u16 = 224;
 const OP_TYPE_COOPERATIVE_MATRIX: u16 = 4456;
 const CAPABILITY_BFLOAT16_TYPE: u32 = 5116;
 const CAPABILITY_BFLOAT16_COOPERATIVE_MATRIX: u32 = 5118;
 const ENCODING_BFLOAT16: u32 = 0;
+/// Acquire and release, of which memory.
+const ORDER_SUBGROUP_MEMORY: u32 = 0x88;
+const ORDER_WORKGROUP_MEMORY: u32 = 0x108;
 const GLSL_PACK_HALF_2X16: u32 = 58;
 const GLSL_UNPACK_HALF_2X16: u32 = 62;
 
@@ -40,8 +46,11 @@ pub fn compile(wgsl: &str) -> Result<Vec<u32>, String> {
     let module = naga::front::wgsl::parse_str(wgsl).map_err(|error| error.emit_to_string(wgsl))?;
     let capabilities = Capabilities::SHADER_FLOAT16
         | Capabilities::SHADER_FLOAT16_IN_FLOAT32
-        | Capabilities::COOPERATIVE_MATRIX;
+        | Capabilities::COOPERATIVE_MATRIX
+        | Capabilities::SUBGROUP
+        | Capabilities::SUBGROUP_BARRIER;
     let info = Validator::new(ValidationFlags::all(), capabilities)
+        .subgroup_stages(naga::valid::ShaderStages::COMPUTE)
         .validate(&module)
         .map_err(|error| error.emit_to_string(wgsl))?;
     let options = spv::Options {
@@ -85,6 +94,12 @@ fn correct(words: &[u32], bf16: bool) -> Result<Vec<u32>, String> {
     let component = if bf16 { header[3] } else { f16 };
     let half2 = id(&|(op, a)| *op == OP_TYPE_VECTOR && a[1] == f16 && a[2] == 2);
     let u32_type = id(&|(op, a)| *op == OP_TYPE_INT && a[1] == 32 && a[2] == 0);
+    let workgroup_order = instructions
+        .iter()
+        .find(|(op, a)| {
+            *op == OP_CONSTANT && Some(a[0]) == u32_type && a[2] == ORDER_WORKGROUP_MEMORY
+        })
+        .map(|(_, a)| a[1]);
 
     let mut constants = HashMap::new();
     let mut unpacked = HashMap::new();
@@ -97,6 +112,10 @@ fn correct(words: &[u32], bf16: bool) -> Result<Vec<u32>, String> {
             // Operands: result, component type, scope, rows, columns, use (0 for A, 1 for B).
             OP_TYPE_COOPERATIVE_MATRIX if constants.get(&a[5]).is_some_and(|used| *used < 2) => {
                 a[1] = component;
+            }
+            // Operands: scope of execution, scope of memory, semantics.
+            OP_CONTROL_BARRIER if constants.get(&a[2]) == Some(&ORDER_SUBGROUP_MEMORY) => {
+                a[2] = workgroup_order.ok_or("no workgroupBarrier besides a subgroupBarrier")?;
             }
             OP_EXT_INST if a.len() == 5 && a[3] == GLSL_UNPACK_HALF_2X16 => {
                 unpacked.insert(a[1], a[4]);

@@ -14,18 +14,25 @@
 //! sum of each row; the backward pass makes them again from lse. Gradients of queries, and of keys and values, are two
 //! kernels, each of which makes the scores: no atomics, so the same bits every time.
 //!
-//! **Bounded**, f32 throughout: scores carry the error of a sum of head_dim products, weights that and `exp`'s, and results
-//! that of a sum over the keys (queries). An output depends on no later token by a single bit, if all are finite.
-//! Shaders: `shaders/attention_forward.wgsl`, `attention_delta.wgsl`, `attention_dq.wgsl`, `attention_dkv.wgsl`.
+//! | tier | where | products |
+//! |---|---|---|
+//! | [`Tier::Alu`] | everywhere | f32 throughout |
+//! | [`Tier::Tensor`] | bf16 qkv, on a GPU with cooperative matrices of bf16 | weights, and the gradients of scores, are rounded to bf16 too, as FlashAttention does; sums are f32, the device's |
+//!
+//! **Bounded**: scores carry the error of a sum of head_dim products, weights that and `exp`'s (on tensor cores 2⁻⁸ more), and
+//! results that of a sum over the keys (queries). An output depends on no later token by a single bit, if all are finite.
+//! Shaders: `shaders/attention_forward.wgsl`, `attention_delta.wgsl`, `attention_dq.wgsl`, `attention_dkv.wgsl`, and
+//! `attention_forward_tensor.wgsl`, `attention_dq_tensor.wgsl`, `attention_dkv_tensor.wgsl`.
 
 mod cpu;
 
 use crate::engine::buffer::{DType, Tensor};
-use crate::engine::shader::{Binding, Kernel, Source, shader};
-use crate::engine::{Context, Stream};
+use crate::engine::gpu::Gpu;
+use crate::engine::shader::{BF16_FRAGMENTS, Binding, Kernel, Source, shader};
+use crate::engine::{Context, Engine, Stream};
 use crate::{Error, Result};
 
-use super::WORKGROUP;
+use super::{Tier, WORKGROUP};
 
 /// What [`Attention`] does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,11 +53,30 @@ pub struct Attention {
     desc: AttentionDesc,
     /// `[batch · seq, heads]`, on a GPU: what the gradient of the softmax takes off.
     delta: Option<Tensor>,
+    /// How bf16 is multiplied.
+    bf16: Form,
+}
+
+/// How the products are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    Alu,
+    /// By cooperative matrices in SPIR-V that this crate makes (src/engine/spirv.rs).
+    Spirv,
+    /// The same kernels without cooperative matrices.
+    Emulated,
 }
 
 impl Attention {
-    /// Checks the descriptor, and makes scratch memory for the backward pass: an f32 a row and head, on a GPU.
+    /// Checks the descriptor, and makes scratch memory for the backward pass: an f32 a row and head, on a GPU. bf16 goes to
+    /// tensor cores where there are any.
     pub fn new(ctx: &Context, desc: &AttentionDesc) -> Result<Attention> {
+        Attention::with_tier(ctx, desc, Tier::Auto)
+    }
+
+    /// As [`Attention::new`], with the tier for bf16 asked for by name: [`Tier::Alu`] or [`Tier::Tensor`]. A pass that would
+    /// need more workgroup memory on tensor cores than the device has, at most 36 KiB, stays on ALUs.
+    pub fn with_tier(ctx: &Context, desc: &AttentionDesc, tier: Tier) -> Result<Attention> {
         let AttentionDesc { batch, seq, heads, head_dim } = *desc;
         let mismatch = |problem| Err(Error::Mismatch { operation: "Attention::new", problem });
         if !head_dim.is_multiple_of(8) || !(16..=128).contains(&head_dim) {
@@ -72,7 +98,22 @@ impl Attention {
             Some(_) => Some(ctx.zeros(DType::F32, batch * seq, heads)?),
             None => None,
         };
-        Ok(Attention { desc: *desc, delta })
+        let bf16 = match (tier, tensor(ctx)) {
+            (Tier::Auto, Ok(Form::Spirv)) => Form::Spirv,
+            (Tier::Auto | Tier::Alu, _) => Form::Alu,
+            (Tier::Tensor, Ok(form)) => form,
+            (Tier::Tensor, Err([needs, has])) => {
+                let operation = "attention on the tensor tier".into();
+                return Err(Error::Unsupported { operation, needs: needs.into(), has });
+            }
+            (Tier::Exact, _) => return mismatch("attention has no exact tier".into()),
+        };
+        Ok(Attention { desc: *desc, delta, bf16 })
+    }
+
+    /// The tier for tensors of this type.
+    pub fn tier(&self, dtype: DType) -> Tier {
+        if dtype == DType::BF16 && self.bf16 != Form::Alu { Tier::Tensor } else { Tier::Alu }
     }
 
     /// Records the forward pass.
@@ -160,7 +201,12 @@ impl Attention {
         buffers: &[&wgpu::Buffer],
     ) -> Result<()> {
         let AttentionDesc { batch, seq, heads, head_dim } = self.desc;
-        let variant = Variant { pass, width: width(head_dim), dtype };
+        let form = if dtype == DType::BF16 { self.bf16 } else { Form::Alu };
+        let mut variant = Variant { pass, width: width(head_dim), dtype, form };
+        let limits = stream.gpu().map(|gpu| gpu.device.limits());
+        if limits.is_some_and(|l| variant.tensor_bytes() > l.max_compute_workgroup_storage_size) {
+            variant.form = Form::Alu;
+        }
         let tiles = seq.div_ceil(TILE as usize);
         let groups = (tiles * heads * batch) as u64;
         let params = [
@@ -174,6 +220,27 @@ impl Attention {
         stream.dispatch(&variant.name(), || variant.kernel(), &params, buffers, groups)
     }
 }
+
+/// How this engine makes products of bf16 by tensor cores, or what that needs and what is there instead.
+fn tensor(ctx: &Context) -> std::result::Result<Form, [String; 2]> {
+    let Engine::Gpu(gpu) = ctx.engine() else {
+        return Err([MATRICES.into(), "the context is the CPU engine".into()]);
+    };
+    let gpu: &Gpu = gpu;
+    if gpu.emulate_tensor {
+        return Ok(Form::Emulated);
+    }
+    if !gpu.bf16_matrices {
+        return Err([MATRICES.into(), "the device offers none, or was opened without".into()]);
+    }
+    if gpu.caps.subgroups != Some((32, 32)) {
+        let has = format!("the device's are {:?}", gpu.caps.subgroups);
+        return Err(["subgroups of 32".into(), has]);
+    }
+    Ok(Form::Spirv)
+}
+
+const MATRICES: &str = "cooperative matrices of bf16";
 
 // ---- The twin ------------------------------------------------------------------------------------------------------
 
@@ -269,8 +336,10 @@ impl Attention {
 
 /// Queries and keys of a tile.
 const TILE: u32 = 64;
-/// Contracted positions in workgroup memory at once.
+/// Contracted positions in workgroup memory at once, on ALUs.
 const DEPTH: u32 = 16;
+/// Rows of the other side at a time, on tensor cores.
+const STEP: u32 = 32;
 
 /// The width for which a head is padded.
 fn width(head_dim: usize) -> u32 {
@@ -291,6 +360,7 @@ struct Variant {
     pass: Pass,
     width: u32,
     dtype: DType,
+    form: Form,
 }
 
 impl Variant {
@@ -300,7 +370,12 @@ impl Variant {
             Pass::Queries => "dq",
             Pass::KeysValues => "dkv",
         };
-        format!("attention.{pass}.{}.{}", self.width, self.dtype)
+        let form = match self.form {
+            Form::Alu => "",
+            Form::Spirv => ".spirv",
+            Form::Emulated => ".emulated",
+        };
+        format!("attention.{pass}.{}.{}{form}", self.width, self.dtype)
     }
 
     /// Rows of scores that an invocation has, and invocations a row. As many sums an invocation as registers allow: 8 × 8
@@ -315,6 +390,94 @@ impl Variant {
     }
 
     fn kernel(&self) -> Kernel {
+        if self.form == Form::Alu { self.alu() } else { self.tensor() }
+    }
+
+    fn bindings(&self) -> Vec<Binding> {
+        let (reads, writes) = if self.pass == Pass::Forward { (1, 2) } else { (4, 1) };
+        let mut bindings = vec![Binding::Params];
+        bindings.extend(vec![Binding::Read; reads]);
+        bindings.extend(vec![Binding::Write; writes]);
+        bindings
+    }
+
+    /// Workgroup memory of the kernel on tensor cores, which `shaders/lib/attention_tensor.wgsl` lays out.
+    fn tensor_bytes(&self) -> u32 {
+        let units = 2 * STEP * (self.width / 8 + 1) + self.matrices() * TILE * (STEP / 4 + 1);
+        16 * units + 4 * self.tensor_workgroup() + 2 * 4 * STEP
+    }
+
+    /// Matrices of scores that are in memory at once.
+    fn matrices(&self) -> u32 {
+        if self.pass == Pass::Forward { 1 } else { 2 }
+    }
+
+    /// Subgroups that share rows: one has no more than 64 columns of results in registers.
+    fn across(&self) -> u32 {
+        self.width.div_ceil(64)
+    }
+
+    fn tensor_workgroup(&self) -> u32 {
+        TILE / 16 * 32 * self.across()
+    }
+
+    fn tensor(&self) -> Kernel {
+        let (across, workgroup) = (self.across(), self.tensor_workgroup());
+        let mut source = Source::new();
+        let mut features = wgpu::Features::empty();
+        if self.form == Form::Spirv {
+            features |= wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX
+                | wgpu::Features::PASSTHROUGH_SHADERS;
+            source = source
+                .line("enable wgpu_cooperative_matrix;")
+                // naga says that a matrix loaded from f32 memory is of f32; src/engine/spirv.rs says otherwise.
+                .line("alias MatA = coop_mat16x16<f32, A>;")
+                .line("alias MatB = coop_mat16x16<f32, B>;")
+                .line("alias MatC = coop_mat16x16<f32, C>;")
+                .line(BF16_FRAGMENTS);
+        }
+        let s_fragments = STEP / 16 / across;
+        let o_fragments = self.width / 16 / across;
+        source = source
+            .constant("WG", workgroup)
+            .constant("TILE", TILE)
+            .constant("STEP", STEP)
+            .constant("WIDTH", self.width)
+            .constant("ACROSS", across)
+            .constant("MATRICES", self.matrices())
+            .constant("D_FRAGMENTS", self.width / 16)
+            .constant("S_FRAGMENTS", s_fragments)
+            .constant("O_FRAGMENTS", o_fragments)
+            .constant("ROUNDS", o_fragments / s_fragments)
+            .constant("S_UNITS", TILE * STEP / 8 / workgroup)
+            .constant("RAWS", STEP * self.width / 8 / workgroup)
+            .quads("y", self.dtype)
+            .fragment(shader!("lib/attention_place.wgsl"))
+            .fragment(shader!("lib/attention_tensor.wgsl"))
+            .fragment(match self.form {
+                Form::Emulated => shader!("lib/attention_emulated.wgsl"),
+                _ => shader!("lib/attention_coop.wgsl"),
+            })
+            .operand('x', shader!("lib/attention_units.wgsl"));
+        if self.pass != Pass::Forward {
+            source = source.operand('g', shader!("lib/attention_units.wgsl"));
+        }
+        let text = match self.pass {
+            Pass::Forward => shader!("attention_forward_tensor.wgsl"),
+            Pass::Queries => shader!("attention_dq_tensor.wgsl"),
+            Pass::KeysValues => shader!("attention_dkv_tensor.wgsl"),
+        };
+        Kernel {
+            name: self.name(),
+            wgsl: source.fragment(text).build(),
+            bindings: self.bindings(),
+            workgroup_size: workgroup,
+            features,
+            spirv: self.form == Form::Spirv,
+        }
+    }
+
+    fn alu(&self) -> Kernel {
         let (rows, across) = self.shape();
         let workgroup = TILE / rows * across;
         let mut source = Source::new()
@@ -330,6 +493,7 @@ impl Variant {
             .constant("RAWS", DEPTH * TILE.max(self.width) / 4 / workgroup)
             .quads("x", self.dtype)
             .quads("y", self.dtype)
+            .fragment(shader!("lib/attention_place.wgsl"))
             .fragment(shader!("lib/attention.wgsl"))
             .operand('s', shader!("lib/attention_product.wgsl"))
             .operand('o', shader!("lib/attention_product.wgsl"))
@@ -337,18 +501,15 @@ impl Variant {
         if self.pass != Pass::Forward {
             source = source.quads("g", self.dtype).operand('g', shader!("lib/attention_rows.wgsl"));
         }
-        let (text, reads) = match self.pass {
-            Pass::Forward => (shader!("attention_forward.wgsl"), 1),
-            Pass::Queries => (shader!("attention_dq.wgsl"), 4),
-            Pass::KeysValues => (shader!("attention_dkv.wgsl"), 4),
+        let text = match self.pass {
+            Pass::Forward => shader!("attention_forward.wgsl"),
+            Pass::Queries => shader!("attention_dq.wgsl"),
+            Pass::KeysValues => shader!("attention_dkv.wgsl"),
         };
-        let mut bindings = vec![Binding::Params];
-        bindings.extend(vec![Binding::Read; reads]);
-        bindings.extend(vec![Binding::Write; if self.pass == Pass::Forward { 2 } else { 1 }]);
         Kernel {
             name: self.name(),
             wgsl: source.fragment(text).build(),
-            bindings,
+            bindings: self.bindings(),
             workgroup_size: workgroup,
             features: wgpu::Features::empty(),
             spirv: false,
@@ -379,10 +540,15 @@ fn delta_kernel(dtype: DType) -> Kernel {
 /// Every variant of this file's kernels.
 pub fn kernels() -> Vec<Kernel> {
     let mut kernels = Vec::new();
-    for dtype in [DType::F32, DType::BF16] {
+    for (dtype, forms) in
+        [(DType::F32, &[Form::Alu][..]), (DType::BF16, &[Form::Alu, Form::Spirv, Form::Emulated])]
+    {
         kernels.push(delta_kernel(dtype));
         for pass in [Pass::Forward, Pass::Queries, Pass::KeysValues] {
-            kernels.extend(WIDTHS.map(|width| Variant { pass, width, dtype }.kernel()));
+            for form in forms.iter().copied() {
+                let variant = |width| Variant { pass, width, dtype, form }.kernel();
+                kernels.extend(WIDTHS.map(variant));
+            }
         }
     }
     kernels

@@ -1,7 +1,8 @@
 //! Matrix products on packed operands: `y = alpha · A · Bᵀ + beta · y + bias`, A `[m, k]`, B `[n, k]`, y `[m, n]`.
 //!
 //! Either operand is MX in any format, its blocks along the contracted axis, or dense. Square-block and dense operands may
-//! also be contracted over their other axis ([`Operand::transposed`]). Products may be batched, or grouped by expert.
+//! also be contracted over their other axis ([`Operand::transposed`]). Products may be batched, or grouped by expert: along
+//! the rows of A, or along k, for the gradients of experts' weights.
 //!
 //! # Tiers
 //! - [`Tier::Exact`]: E2M1, E2M3 and INT8 codes are small integers, so a block's dot product is exact in `dot4I8Packed`.
@@ -21,7 +22,7 @@
 //! codes and fa, fb its scales relative to the anchors, `acc += f32(s) · (fa · fb)` in ascending order; the products are exact,
 //! and each sum is rounded to nearest. A block whose scale is below 2⁻¹⁰⁷ of its line's largest counts as zero.
 //! Shaders: `shaders/matmul.wgsl` (tiles), `shaders/matmul_skinny.wgsl` (few rows), `shaders/matmul_tensor.wgsl`,
-//! `shaders/anchors.wgsl`.
+//! `shaders/matmul_join.wgsl` (slices of k), `shaders/anchors.wgsl`.
 
 mod cpu;
 mod gpu;
@@ -70,15 +71,21 @@ pub struct Operand {
     pub transposed: bool,
 }
 
+impl From<Values> for Operand {
+    fn from(values: Values) -> Operand {
+        Operand { values, transposed: false }
+    }
+}
+
 impl From<MxSpec> for Operand {
     fn from(spec: MxSpec) -> Operand {
-        Operand { values: Values::Mx(spec), transposed: false }
+        Values::Mx(spec).into()
     }
 }
 
 impl From<DType> for Operand {
     fn from(dtype: DType) -> Operand {
-        Operand { values: Values::Dense(dtype), transposed: false }
+        Values::Dense(dtype).into()
     }
 }
 
@@ -129,6 +136,11 @@ pub struct MatmulDesc {
     pub batch: usize,
     /// Grouped: B is a stack of this many experts' matrices, and [`Groups`] says which rows of A go to which.
     pub experts: Option<usize>,
+    /// Grouped along k instead: y is a stack of this many experts' matrices `[m, n]`, and that of expert g sums the positions
+    /// `offsets[g] .. offsets[g + 1]` of k alone, multiples of 32. A and B are one matrix each, [`Groups`] has as many groups,
+    /// and its experts are not read. An empty group's product is zero. Anchors are those of whole lines, so that a NaN scale
+    /// makes its line NaN in all experts.
+    pub group_k: bool,
     /// The factor of the product.
     pub alpha: f32,
     /// The factor of what y holds already; dense outputs only. Zero ignores it, NaN included.
@@ -150,6 +162,7 @@ impl Default for MatmulDesc {
             out: Output::Dense(DType::F32),
             batch: 1,
             experts: None,
+            group_k: false,
             alpha: 1.0,
             beta: 0.0,
             bias: false,
@@ -158,9 +171,9 @@ impl Default for MatmulDesc {
     }
 }
 
-/// The rows of a grouped product: group g's rows are `offsets[g] .. offsets[g + 1]`, multiplied with the matrix of expert
-/// `experts[g]`. Lives on the device, so that a router may write it there; empty groups are allowed, and rows outside all
-/// groups are not touched (packed outputs: zero).
+/// The groups of a grouped product: group g's rows are `offsets[g] .. offsets[g + 1]`, multiplied with the matrix of expert
+/// `experts[g]`; with [`MatmulDesc::group_k`] these are positions of k. Lives on the device, so that a router may write it
+/// there; empty groups are allowed, and rows outside all groups are not touched (packed outputs: zero).
 #[derive(Debug)]
 pub struct Groups {
     groups: usize,
@@ -203,6 +216,12 @@ impl Groups {
         Ok(Groups { groups: experts.len(), data })
     }
 
+    /// For a kernel to write: as many empty groups as experts, group g expert g's.
+    pub fn zeros(ctx: &Context, experts: usize) -> Result<Groups> {
+        let ids: Vec<u32> = (0..experts as u32).collect();
+        Groups::new(ctx, &vec![0; experts + 1], &ids, experts)
+    }
+
     /// Over a buffer of the caller's, with usage `STORAGE`: a word that is zero, then groups + 1 offsets, then groups experts,
     /// u32 each. The values are checked on the device: a group whose offsets descend or pass the last row, or whose expert
     /// does not exist, gives NaN and is counted ([`Groups::invalid`]).
@@ -217,6 +236,23 @@ impl Groups {
         Ok(bytemuck::pod_read_unaligned(&bytes[..4]))
     }
 
+    /// Reads the offsets, one more than groups. Waits as [`Context::read`].
+    pub async fn offsets(&self, ctx: &Context) -> Result<Vec<u32>> {
+        let words: Vec<u32> = bytemuck::pod_collect_to_vec(&self.data.read(ctx).await?);
+        Ok(words[GROUP_OFFSETS..][..self.groups + 1].to_vec())
+    }
+
+    /// The only buffer on a GPU; the offsets start at word [`GROUP_OFFSETS`].
+    pub(crate) fn binding(&self) -> Option<&wgpu::Buffer> {
+        self.data.chunks().next().map(|chunk| chunk.buffer)
+    }
+
+    /// The offsets on the CPU engine.
+    pub(crate) fn offsets_mut(&mut self) -> &mut [u32] {
+        let groups = self.groups;
+        &mut self.data.cpu_mut()[GROUP_OFFSETS..][..groups + 1]
+    }
+
     /// How many groups.
     pub fn len(&self) -> usize {
         self.groups
@@ -227,6 +263,9 @@ impl Groups {
         self.groups == 0
     }
 }
+
+/// Words of [`Groups`]' buffer before the offsets.
+pub(crate) const GROUP_OFFSETS: usize = 1;
 
 /// An operand handed to [`Matmul::record`].
 #[derive(Clone, Copy, Debug)]
@@ -285,6 +324,8 @@ pub struct Matmul {
     desc: MatmulDesc,
     tier: Tier,
     why: String,
+    /// Positions of k that are summed apart, if not all.
+    slice: Option<usize>,
 }
 
 impl Matmul {
@@ -292,7 +333,7 @@ impl Matmul {
     pub fn new(ctx: &Context, desc: &MatmulDesc) -> Result<Matmul> {
         desc.validate()?;
         let (tier, why) = tier::choose(ctx, desc)?;
-        Ok(Matmul { desc: *desc, tier, why })
+        Ok(Matmul { desc: *desc, tier, why, slice: tier::slice(ctx, desc, tier) })
     }
 
     /// The tier that was chosen; never [`Tier::Auto`].
@@ -303,6 +344,12 @@ impl Matmul {
     /// Why that one.
     pub fn why(&self) -> &str {
         &self.why
+    }
+
+    /// How many parts k is summed in, one after the other added in ascending order: more than one for few outputs of a long k,
+    /// which alone would leave a large GPU half empty. Their sums lie in a buffer that all products of a context share.
+    pub fn slices(&self) -> usize {
+        self.slice.map_or(1, |slice| self.desc.k.div_ceil(slice))
     }
 
     /// Records `y = alpha · A · Bᵀ + beta · y`.
@@ -344,9 +391,9 @@ impl Matmul {
     ) -> Result<()> {
         let desc = &self.desc;
         let mismatch = |problem| Err(Error::Mismatch { operation: "Matmul::record", problem });
-        let b_stack = desc.experts.unwrap_or(desc.batch);
+        let [a_stack, b_stack, y_stack] = desc.stacks();
         for (name, operand, input, outputs, stack) in
-            [("A", desc.a, a, desc.m, desc.batch), ("B", desc.b, b, desc.n, b_stack)]
+            [("A", desc.a, a, desc.m, a_stack), ("B", desc.b, b, desc.n, b_stack)]
         {
             let (values, stored, rows) = match input {
                 Input::Dense(t) => (Values::Dense(t.dtype), [t.rows, t.cols], &t.data),
@@ -385,7 +432,7 @@ impl Matmul {
         {
             ctx.check_same(extra, extra)?;
         }
-        let wanted = [desc.batch * desc.m, desc.n];
+        let wanted = [y_stack * desc.m, desc.n];
         match (y, desc.out) {
             (Target::Dense(t), Output::Dense(dtype)) => {
                 if (t.dtype, t.shape()) != (dtype, wanted) {
@@ -437,6 +484,14 @@ impl Matmul {
                 desc.experts
             ));
         }
+        if let (Some(groups), Some(experts), true) = (extras.groups, desc.experts, desc.group_k) {
+            if groups.groups != experts {
+                return mismatch(format!(
+                    "{} groups of k, but y has {experts} experts: a group for each",
+                    groups.groups
+                ));
+            }
+        }
         Ok(())
     }
 }
@@ -479,9 +534,9 @@ impl MatmulDesc {
     /// Checks that the product exists.
     pub fn validate(&self) -> Result<()> {
         let mismatch = |problem| Err(Error::Mismatch { operation: "Matmul::new", problem });
-        let stack = self.experts.unwrap_or(self.batch);
+        let [a_stack, b_stack, y_stack] = self.stacks();
         for (name, operand, stack, outputs) in
-            [("A", self.a, self.batch, self.m), ("B", self.b, stack, self.n)]
+            [("A", self.a, a_stack, self.m), ("B", self.b, b_stack, self.n)]
         {
             let Values::Mx(spec) = operand.values else { continue };
             spec.validate()?;
@@ -529,6 +584,9 @@ impl MatmulDesc {
         if self.experts.is_some() && self.batch != 1 {
             return mismatch(format!("batch = {} of a grouped product", self.batch));
         }
+        if self.group_k && self.experts.is_none() {
+            return mismatch("groups along k without experts".into());
+        }
         if self.experts == Some(0) {
             return mismatch("a grouped product with no expert".into());
         }
@@ -544,7 +602,7 @@ impl MatmulDesc {
         }
         // What the shaders count in u32.
         for (what, n) in
-            [("rows", self.batch.saturating_mul(self.m)), ("columns", stack.saturating_mul(self.n))]
+            [("rows", y_stack.saturating_mul(self.m)), ("columns", b_stack.saturating_mul(self.n))]
         {
             if n >= 1 << 31 {
                 return Err(Error::TooLarge {
@@ -558,6 +616,15 @@ impl MatmulDesc {
             }
         }
         Ok(())
+    }
+
+    /// How many matrices A, B and y hold, one under the other.
+    pub(super) fn stacks(&self) -> [usize; 3] {
+        match self.experts {
+            None => [self.batch; 3],
+            Some(experts) if self.group_k => [1, 1, experts],
+            Some(experts) => [1, experts, 1],
+        }
     }
 
     /// Floating-point operations, one product and one sum for each triple.
@@ -638,12 +705,95 @@ impl Finish {
         e += (bits >> 23) as i32 - 127 + anchor_a as i32 + anchor_b as i32 - 254 + self.exponent;
         sign | f32_from_parts(bits & 0x7f_ffff | 0x80_0000, e - 23)
     }
+
+    /// [`Finish::bits`] of a row, in place.
+    fn row(&self, anchor_a: u32, anchors: &[u32], sums: &mut [f32]) {
+        // Without branches where all factors are powers of two and the results normal, or zero: then nothing is rounded.
+        const LANES: usize = 16;
+        let alpha = self.alpha.to_bits();
+        let power = self.tensor_scales == [None; 2]
+            && anchor_a != 255
+            && self.alpha.is_normal()
+            && alpha & 0x807f_ffff == 0;
+        let common = (alpha >> 23) as i32 - 127 + anchor_a as i32 - 254 + self.exponent;
+        for (sums, anchors) in sums.chunks_mut(LANES).zip(anchors.chunks(LANES)) {
+            if let (true, Ok(from), Ok(of)) =
+                (power, <[f32; LANES]>::try_from(&*sums), <&[u32; LANES]>::try_from(anchors))
+            {
+                let mut values = [0f32; LANES];
+                let mut wrong = 0;
+                for i in 0..LANES {
+                    let e = common + of[i] as i32;
+                    let value = from[i] * f32::from_bits(((e + 127) as u32) << 23);
+                    let magnitude = value.to_bits() & 0x7fff_ffff;
+                    let normal = (magnitude >= 0x80_0000) & (magnitude < INFINITY);
+                    let zero = from[i] == 0.0;
+                    let fits = (e >= -126) & (e <= 127) & normal;
+                    wrong |= u32::from(!(fits | zero) | (of[i] == 255));
+                    values[i] = if zero { 0.0 } else { value };
+                }
+                if wrong == 0 {
+                    sums.copy_from_slice(&values);
+                    continue;
+                }
+            }
+            for (sum, anchor) in sums.iter_mut().zip(anchors) {
+                *sum = f32::from_bits(self.bits(*sum, anchor_a, *anchor));
+            }
+        }
+    }
 }
 
 /// a + b, NaN the canonical one.
 fn added(a: u32, b: u32) -> u32 {
     let sum = f32::from_bits(a) + f32::from_bits(b);
     if sum.is_nan() { NAN } else { sum.to_bits() }
+}
+
+/// A product of one batch or group: rows of y, positions of k, and where the operands' output index 0 and k = 0 lie.
+struct Part {
+    y: usize,
+    rows: usize,
+    k: usize,
+    a: [usize; 2],
+    b: [usize; 2],
+}
+
+impl Part {
+    /// Group `g`, checked.
+    fn of_group(
+        desc: &MatmulDesc,
+        g: usize,
+        range: std::ops::Range<usize>,
+        expert: usize,
+    ) -> Result<Part> {
+        let mismatch = |problem| Err(Error::Mismatch { operation: "Matmul::record", problem });
+        let (start, end) = (range.start, range.end);
+        if desc.group_k {
+            if start > end || end > desc.k || start % 32 != 0 || end % 32 != 0 {
+                return mismatch(format!(
+                    "group {g} is positions {start} to {end} of k = {}: ascending multiples of 32",
+                    desc.k
+                ));
+            }
+            return Ok(Part {
+                y: g * desc.m,
+                rows: desc.m,
+                k: range.len(),
+                a: [0, start],
+                b: [0, start],
+            });
+        }
+        if start > end || end > desc.m {
+            return mismatch(format!("a group of rows {start} to {end}, but A has {}", desc.m));
+        }
+        if expert >= desc.experts.unwrap_or(1) {
+            return mismatch(format!("a group of expert {expert}, but B has {:?}", desc.experts));
+        }
+        let (k, n) = (desc.k, desc.n);
+        let b = if desc.b.transposed { [0, expert * k] } else { [expert * n, 0] };
+        Ok(Part { y: start, rows: range.len(), k, a: [start, 0], b })
+    }
 }
 
 fn run_cpu(
@@ -663,100 +813,89 @@ fn run_cpu(
         }),
         exponent: desc.exponent(tier),
     };
-    // (rows of A and of y, first and number; the matrix of B).
-    let parts: Vec<(usize, usize, usize)> = match extras.groups {
-        None => (0..desc.batch).map(|batch| (batch * m, m, batch)).collect(),
+    let y_stack = desc.stacks()[2];
+    let parts: Vec<Part> = match extras.groups {
+        // Transposed operands are stacked along k.
+        None => (0..desc.batch)
+            .map(|batch| Part {
+                y: batch * m,
+                rows: m,
+                k,
+                a: if desc.a.transposed { [0, batch * k] } else { [batch * m, 0] },
+                b: if desc.b.transposed { [0, batch * k] } else { [batch * n, 0] },
+            })
+            .collect(),
         Some(groups) => {
-            let words = &groups.data.cpu()[1..];
+            let words = &groups.data.cpu()[GROUP_OFFSETS..];
             let (offsets, experts) = words.split_at(groups.groups + 1);
-            let parts = offsets
-                .windows(2)
-                .zip(experts)
-                .map(|(o, e)| (o[0] as usize, (o[1] - o[0]) as usize, *e as usize));
-            parts.collect()
+            let mut parts = Vec::with_capacity(groups.groups);
+            for (g, (range, expert)) in offsets.windows(2).zip(experts).enumerate() {
+                let [first, end, expert] = [range[0], range[1], *expert].map(|x| x as usize);
+                parts.push(Part::of_group(desc, g, first..end, expert)?);
+            }
+            parts
         }
     };
-    if let Some((first, rows, _)) =
-        parts.iter().find(|(first, rows, _)| first + rows > desc.batch * m)
-    {
-        return Err(Error::Mismatch {
-            operation: "Matmul::record",
-            problem: format!(
-                "a group of rows {first} to {}, but A has {}",
-                first + rows,
-                desc.batch * m
-            ),
-        });
-    }
-    if let Some((.., expert)) =
-        parts.iter().find(|part| part.2 >= desc.experts.unwrap_or(desc.batch))
-    {
-        return Err(Error::Mismatch {
-            operation: "Matmul::record",
-            problem: format!("a group of expert {expert}, but B has {:?}", desc.experts),
-        });
-    }
     let bias = extras.bias.map(|bias| bias.data.cpu());
     let (mut dense, mut packed) = match y {
         Target::Dense(t) => (Some(t), None),
-        Target::Mx(t) => (None, Some((t, vec![0u32; desc.batch * m * n]))),
+        Target::Mx(t) => (None, Some((t, vec![0u32; y_stack * m * n]))),
     };
-    let mut sums = Vec::new();
-    for (first, rows, matrix) in parts {
-        let bytes = (rows * n * 4) as u64;
-        sums.clear();
-        sums.try_reserve_exact(rows * n)
-            .map_err(|_| Error::OutOfMemory { what: "the sums of a product".into(), bytes })?;
-        sums.resize(rows * n, 0f32);
-        // Transposed operands are stacked along k.
-        let (first_a, first_k) = match (desc.a.transposed, extras.groups) {
-            (false, _) => (first, 0),
-            (true, None) => (0, matrix * k),
-            (true, Some(_)) => (first, 0),
-        };
-        let a = view(a, desc.a.transposed, first_a, first_k, rows);
-        let (first_b, first_k) = if desc.b.transposed { (0, matrix * k) } else { (matrix * n, 0) };
-        let b = view(b, desc.b.transposed, first_b, first_k, n);
-        match tier {
-            Tier::Exact => cpu::exact(&a, &b, k, &mut sums),
-            _ => cpu::alu(&a, &b, k, &mut sums),
-        }
+    let mut scratch = Vec::new();
+    for Part { y: first, rows, k, a: [first_a, k_a], b: [first_b, k_b] } in parts {
+        let a = view(a, desc.a.transposed, first_a, k_a, rows);
+        let b = view(b, desc.b.transposed, first_b, k_b, n);
         let anchors: Vec<u32> = (0..n).map(|j| b.anchor(j)).collect();
-        let old = dense.as_deref();
         // The values take the sums' place.
-        let finish_row = |(i, row): (usize, &mut [f32])| {
-            let anchor = a.anchor(i);
-            for (j, sum) in row.iter_mut().enumerate() {
-                let mut value = finish.bits(*sum, anchor, anchors[j]);
-                if let (Some(y), true) = (old, desc.beta != 0.0) {
-                    let old = f32::from_bits(y.dtype.f32_bits(y.data.cpu(), (first + i) * n + j));
-                    value = added(value, (desc.beta * old).to_bits());
-                }
-                if let Some(bias) = bias {
-                    value = added(value, bias[j]);
-                }
-                *sum = f32::from_bits(value);
+        let product = |sums: &mut [f32], old: Option<&Tensor>| {
+            match tier {
+                Tier::Exact => cpu::exact(&a, &b, k, sums),
+                _ => cpu::alu(&a, &b, k, sums),
             }
+            each_row(sums, n, |i, row| {
+                finish.row(a.anchor(i), &anchors, row);
+                if desc.beta == 0.0 && bias.is_none() {
+                    return;
+                }
+                for (j, value) in row.iter_mut().enumerate() {
+                    let mut bits = value.to_bits();
+                    if let (Some(y), true) = (old, desc.beta != 0.0) {
+                        let old = y.dtype.f32_bits(y.data.cpu(), (first + i) * n + j);
+                        bits = added(bits, (desc.beta * f32::from_bits(old)).to_bits());
+                    }
+                    if let Some(bias) = bias {
+                        bits = added(bits, bias[j]);
+                    }
+                    *value = f32::from_bits(bits);
+                }
+            });
         };
-        #[cfg(not(target_arch = "wasm32"))]
-        {
-            use rayon::prelude::*;
-            sums.par_chunks_exact_mut(n.max(1)).enumerate().for_each(finish_row);
-        }
-        #[cfg(target_arch = "wasm32")]
-        sums.chunks_exact_mut(n.max(1)).enumerate().for_each(finish_row);
-        let values: &[u32] = bytemuck::cast_slice(&sums);
-        let at = first * n..first * n + values.len();
+        let at = first * n..(first + rows) * n;
         match (&mut dense, &mut packed) {
-            (Some(y), _) if y.dtype == DType::F32 => y.data.cpu_mut()[at].copy_from_slice(values),
+            (Some(y), _) if y.dtype == DType::F32 && desc.beta == 0.0 => {
+                product(bytemuck::cast_slice_mut(&mut y.data.cpu_mut()[at]), None);
+            }
             (Some(y), _) => {
-                let dtype = y.dtype;
-                let halves: &mut [u16] = bytemuck::cast_slice_mut(y.data.cpu_mut());
-                for (half, value) in halves[at].iter_mut().zip(values) {
-                    *half = dtype.narrow(*value) as u16;
+                let bytes = (rows * n * 4) as u64;
+                let more = (rows * n).saturating_sub(scratch.len());
+                scratch.try_reserve_exact(more).map_err(|_| Error::OutOfMemory {
+                    what: "the sums of a product".into(),
+                    bytes,
+                })?;
+                scratch.resize(rows * n, 0f32);
+                product(&mut scratch, Some(y));
+                let (dtype, words) = (y.dtype, y.data.cpu_mut());
+                match dtype {
+                    DType::F32 => words[at].copy_from_slice(bytemuck::cast_slice(&scratch)),
+                    _ => {
+                        let halves: &mut [u16] = bytemuck::cast_slice_mut(words);
+                        each_row(&mut halves[at], n, |i, halves| {
+                            dtype.narrow_all(&scratch[i * n..(i + 1) * n], halves);
+                        });
+                    }
                 }
             }
-            (None, Some((_, all))) => all[at].copy_from_slice(values),
+            (None, Some((_, all))) => product(bytemuck::cast_slice_mut(&mut all[at]), None),
             (None, None) => {}
         }
     }
@@ -764,6 +903,17 @@ fn run_cpu(
         super::quantize::pack_on_cpu(&out, DType::F32, &values, y);
     }
     Ok(())
+}
+
+/// Runs `f` on the rows of a matrix and their numbers, on all cores.
+fn each_row<T: Send>(values: &mut [T], cols: usize, f: impl Fn(usize, &mut [T]) + Sync + Send) {
+    #[cfg(not(target_arch = "wasm32"))]
+    {
+        use rayon::prelude::*;
+        values.par_chunks_exact_mut(cols.max(1)).enumerate().for_each(|(i, row)| f(i, row));
+    }
+    #[cfg(target_arch = "wasm32")]
+    values.chunks_exact_mut(cols.max(1)).enumerate().for_each(|(i, row)| f(i, row));
 }
 
 fn view(

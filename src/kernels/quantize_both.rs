@@ -18,6 +18,8 @@
 //!
 //! [`Quantize`]: super::Quantize
 
+use std::borrow::Cow;
+
 use crate::engine::buffer::{DType, DeviceMxTensor, Ids, Tensor};
 use crate::engine::shader::{Binding, Kernel, Source, shader};
 use crate::engine::{Context, Stream};
@@ -64,6 +66,15 @@ impl Hadamard {
     /// 32 and 128.
     pub fn gain(self) -> f32 {
         1.0 / (self.factor() * self.factor() * self.size as f32)
+    }
+
+    /// Transforms a group in place, on the host.
+    pub(crate) fn apply(self, group: &mut [f32]) {
+        let mut tile: Vec<_> = group.iter().map(|v| [*v; ABREAST]).collect();
+        transform(&mut tile, self.signs(), self.factor());
+        for (v, row) in group.iter_mut().zip(tile) {
+            *v = row[0];
+        }
     }
 
     /// 2⁻ᵖ.
@@ -409,7 +420,7 @@ impl Guarded<'_> {
     }
 }
 
-/// Columns that are transposed together: two groups of random bits, and a cache line of x.
+/// Lines that are laid out together: of columns, two groups of random bits and a cache line of x.
 const ABREAST: usize = 16;
 
 impl Job<'_> {
@@ -426,46 +437,40 @@ impl Job<'_> {
             skip: guards.skip.map_or(&[], |skip| skip.data.cpu()),
         };
         let padded = layout.blocks() * layout.spec.block.len();
-        let mut lines = vec![0f32; layout.lines() * padded];
+        let as_it_is = layout.axis == Axis::One
+            && self.side.hadamard.is_none()
+            && guards.clip.is_none()
+            && guards.skip.is_none()
+            && padded == x.cols;
+        let lines: Cow<'_, [f32]> = match as_it_is {
+            true => values.into(),
+            false => {
+                let mut lines = vec![0f32; layout.lines() * padded];
+                parallel(&mut lines, ABREAST * padded, |chunk, lines| {
+                    self.lay_out(&guarded, chunk * ABREAST, padded, lines);
+                });
+                lines.into()
+            }
+        };
         let mut draws = Vec::new();
-        if layout.axis == Axis::One {
-            parallel(&mut lines, padded, |row, line| guarded.copy(row, 0, &mut line[..x.cols]));
-        } else {
-            parallel(&mut lines, ABREAST * padded, |chunk, lines| {
-                let mut row = [0f32; ABREAST];
-                let row = &mut row[..lines.len() / padded];
-                for t in 0..x.rows {
-                    guarded.copy(t, chunk * ABREAST, row);
-                    for (j, v) in row.iter().enumerate() {
-                        lines[j * padded + t] = *v;
-                    }
-                }
-            });
-            if let Some(bits) = RoundingBits::new(self.side.rounding, x.cols) {
-                draws = vec![0u16; lines.len()];
-                parallel(&mut draws, ABREAST * padded, |chunk, lines| {
-                    let here = lines.len() / padded;
-                    for t in 0..x.rows {
-                        for first in (0..here).step_by(8) {
-                            let halves = bits.group(t, (chunk * ABREAST + first) / 8);
-                            for j in first..here.min(first + 8) {
-                                lines[j * padded + t] = halves[j - first];
+        if let (Axis::Zero, Some(bits)) =
+            (layout.axis, RoundingBits::new(self.side.rounding, x.cols))
+        {
+            draws = vec![0u16; lines.len()];
+            parallel(&mut draws, ABREAST * padded, |chunk, lines| {
+                let mut tile = [[0; ABREAST]; ABREAST];
+                for start in (0..x.rows).step_by(ABREAST) {
+                    let tile = &mut tile[..ABREAST.min(x.rows - start)];
+                    for (t, rows) in (start..).step_by(4).zip(tile.chunks_mut(4)) {
+                        for g in 0..ABREAST / 8 {
+                            let group = chunk * ABREAST / 8 + g;
+                            let of: [_; 4] = std::array::from_fn(|i| (t + i, group));
+                            for (row, halves) in rows.iter_mut().zip(bits.groups(of)) {
+                                row[8 * g..8 * g + 8].copy_from_slice(&halves);
                             }
                         }
                     }
-                });
-            }
-        }
-        if let Some(hadamard) = self.side.hadamard {
-            let (signs, factor) = (hadamard.signs(), hadamard.factor());
-            parallel(&mut lines, padded, |_, line| {
-                for group in line[..layout.line_len()].chunks_exact_mut(hadamard.size as usize) {
-                    match hadamard.size {
-                        16 => transform::<16>(group, signs, factor),
-                        32 => transform::<32>(group, signs, factor),
-                        64 => transform::<64>(group, signs, factor),
-                        _ => transform::<128>(group, signs, factor),
-                    }
+                    transpose(tile, lines, padded, start);
                 }
             });
         }
@@ -474,38 +479,116 @@ impl Job<'_> {
         if count { self.count(&lines, padded) } else { [0; 4] }
     }
 
-    /// The counts, from the values that were encoded and what they became. In f64, where all of it is exact.
+    /// The lines from `first` on, as many as `lines` has room for, at most [`ABREAST`].
+    fn lay_out(&self, guarded: &Guarded<'_>, first: usize, padded: usize, lines: &mut [f32]) {
+        let layout = self.out.layout;
+        let len = layout.line_len();
+        let here = lines.len() / padded;
+        let hadamard = self.side.hadamard;
+        if layout.axis == Axis::One {
+            for (row, line) in (first..).zip(lines.chunks_exact_mut(padded)) {
+                guarded.copy(row, 0, &mut line[..len]);
+            }
+            if hadamard.is_none() {
+                return;
+            }
+        }
+        // A position of all lines is a row: so a transform is one of whole rows.
+        let mut tile = [[0f32; ABREAST]; 128];
+        let size = hadamard.map_or(ABREAST, |hadamard| hadamard.size as usize);
+        for start in (0..len).step_by(size) {
+            let tile = &mut tile[..size.min(len - start)];
+            if layout.axis == Axis::Zero {
+                for (t, row) in (start..).zip(&mut *tile) {
+                    guarded.copy(t, first, &mut row[..here]);
+                }
+            } else {
+                for (j, line) in lines.chunks_exact(padded).enumerate() {
+                    for (row, v) in tile.iter_mut().zip(&line[start..]) {
+                        row[j] = *v;
+                    }
+                }
+            }
+            if let Some(hadamard) = hadamard {
+                transform(tile, hadamard.signs(), hadamard.factor());
+            }
+            transpose(tile, lines, padded, start);
+        }
+    }
+
+    /// The counts, from the values that were encoded and what they became.
     fn count(&self, lines: &[f32], padded: usize) -> [u32; 4] {
         let Layout { spec, .. } = self.out.layout;
         let n = spec.block.len();
-        let bits = spec.element.bits();
+        let element = spec.element;
         let codes = bytemuck::cast_slice::<u32, u8>(self.out.codes.cpu());
         let scales = bytemuck::cast_slice::<u32, u8>(self.out.scales.cpu());
         let tensor_scale = f64::from(f32::from_bits(self.out.state.cpu()[2]));
-        let mask = if spec.element == Element::Int8 { 0xff } else { (1 << (bits - 1)) - 1 };
-        let mut counts = [0; 4];
-        for (number, values) in lines.chunks_exact(n).enumerate() {
-            let block = &codes[number * self.out.layout.block_bytes()..];
-            let scale = scales[number];
-            let unit = match spec.scale {
-                ScaleFormat::E8M0 if scale == scale::E8M0_NAN => None,
-                ScaleFormat::E8M0 => Some(2f64.powi(i32::from(scale) - 127)),
-                ScaleFormat::E4M3 if scale == scale::E4M3_NAN => None,
-                ScaleFormat::E4M3 => Some(f64::from(Element::E4M3.decode(scale)) * tensor_scale),
-            };
-            let at = number * n % padded;
-            counts[3] += (self.out.layout.line_len() - at).min(n) as u32;
-            let Some(unit) = unit else {
-                counts[2] += 1;
-                continue;
-            };
-            let largest = f64::from(spec.element.max()) * unit;
-            for (i, v) in values.iter().enumerate() {
-                counts[0] += u32::from(f64::from(v.abs()) > largest);
-                counts[1] += u32::from(*v != 0.0 && block::unpack(bits, block, i) & mask == 0);
+        let mask = if element == Element::Int8 { 0xff } else { (1 << (element.bits() - 1)) - 1 };
+        let of_line = |line: usize, values: &[f32]| {
+            let mut counts = [0; 4];
+            for (b, values) in values.chunks_exact(n).enumerate() {
+                let number = line * (padded / n) + b;
+                let bytes = self.out.layout.block_bytes();
+                let block = &codes[number * bytes..(number + 1) * bytes];
+                let scale = scales[number];
+                counts[3] += (self.out.layout.line_len() - b * n).min(n) as u32;
+                // Powers of two and E4M3's values are exact in f64, and so is all that is made of them.
+                let unit = match spec.scale {
+                    ScaleFormat::E8M0 if scale == scale::E8M0_NAN => None,
+                    ScaleFormat::E8M0 => Some(f64::from(scale::e8m0_to_f32(scale))),
+                    ScaleFormat::E4M3 if scale == scale::E4M3_NAN => None,
+                    ScaleFormat::E4M3 => {
+                        Some(f64::from(Element::E4M3.decode(scale)) * tensor_scale)
+                    }
+                };
+                let Some(unit) = unit else {
+                    counts[2] += 1;
+                    continue;
+                };
+                let largest = f64::from(element.max()) * unit;
+                counts[0] +=
+                    values.iter().map(|v| u32::from(f64::from(v.abs()) > largest)).sum::<u32>();
+                counts[1] += match element.bits() {
+                    4 => underflows::<4>(values, block, mask),
+                    6 => underflows::<6>(values, block, mask),
+                    _ => underflows::<8>(values, block, mask),
+                };
             }
+            counts
+        };
+        let sum = |a: [u32; 4], b: [u32; 4]| std::array::from_fn(|i| a[i].wrapping_add(b[i]));
+        #[cfg(not(target_arch = "wasm32"))]
+        {
+            use rayon::prelude::*;
+            let lines = lines.par_chunks_exact(padded).enumerate();
+            lines.map(|(i, line)| of_line(i, line)).reduce(|| [0; 4], sum)
         }
-        counts
+        #[cfg(target_arch = "wasm32")]
+        lines.chunks_exact(padded).enumerate().map(|(i, l)| of_line(i, l)).fold([0; 4], sum)
+    }
+}
+
+/// Values that are not zero, of a block of codes, while their code is.
+#[inline(always)]
+fn underflows<const BITS: u32>(values: &[f32], block: &[u8], mask: u8) -> u32 {
+    let one = |v: f32, code: u8| u32::from((v != 0.0) & (code & mask == 0));
+    match BITS {
+        4 => {
+            let pairs = values.chunks_exact(2).zip(block);
+            pairs.map(|(v, byte)| one(v[0], byte & 0xf) + one(v[1], byte >> 4)).sum()
+        }
+        _ => (values.iter().enumerate()).map(|(i, v)| one(*v, block::unpack(BITS, block, i))).sum(),
+    }
+}
+
+/// Writes a position a row of all lines to where the lines have it, from position `start` on.
+#[inline(always)]
+fn transpose<T: Copy>(tile: &[[T; ABREAST]], lines: &mut [T], padded: usize, start: usize) {
+    for (j, line) in lines.chunks_exact_mut(padded).enumerate() {
+        for (to, row) in line[start..].iter_mut().zip(tile) {
+            *to = row[j % ABREAST];
+        }
     }
 }
 
@@ -520,30 +603,38 @@ fn parallel<T: Send>(data: &mut [T], piece: usize, f: impl Fn(usize, &mut [T]) +
     data.chunks_mut(piece).enumerate().for_each(|(i, piece)| f(i, piece));
 }
 
-/// The transform of one group: strides from the largest to 1, as in the shader.
-fn transform<const N: usize>(group: &mut [f32], signs: [u32; 4], factor: f32) {
-    let Ok(group) = <&mut [f32; N]>::try_from(group) else { return };
+/// The transform of a group of each line, a position a row: strides from the largest to 1, as in the shader.
+fn transform(tile: &mut [[f32; ABREAST]], signs: [u32; 4], factor: f32) {
     // Not (≥ …), so that NaN counts.
-    if !group.iter().all(|v| v.abs() < TOO_LARGE) {
-        return group.fill(f32::NAN);
+    let mut fits = [true; ABREAST];
+    for row in &*tile {
+        for (fits, v) in fits.iter_mut().zip(row) {
+            *fits &= v.abs() < TOO_LARGE;
+        }
     }
-    for (i, v) in group.iter_mut().enumerate() {
+    for (i, row) in tile.iter_mut().enumerate() {
         let sign = (signs[i / 32] >> (i % 32)) << 31;
-        *v = if v.abs() < SMALLEST { 0.0 } else { f32::from_bits(v.to_bits() ^ sign) };
+        for v in row {
+            *v = if v.abs() < SMALLEST { 0.0 } else { f32::from_bits(v.to_bits() ^ sign) };
+        }
     }
-    let mut stride = N / 2;
+    let mut stride = tile.len() / 2;
     while stride > 0 {
-        for pair in group.chunks_exact_mut(2 * stride) {
+        for pair in tile.chunks_exact_mut(2 * stride) {
             let (low, high) = pair.split_at_mut(stride);
-            for (a, b) in low.iter_mut().zip(high) {
-                (*a, *b) = (*a + *b, *a - *b);
+            for (low, high) in low.iter_mut().zip(high) {
+                for (a, b) in low.iter_mut().zip(high) {
+                    (*a, *b) = (*a + *b, *a - *b);
+                }
             }
         }
         stride /= 2;
     }
-    for v in group {
-        // Plus zero: −0 becomes +0.
-        *v = *v * factor + 0.0;
+    for row in tile {
+        for (v, fits) in row.iter_mut().zip(fits) {
+            // Plus zero: −0 becomes +0.
+            *v = if fits { *v * factor + 0.0 } else { f32::NAN };
+        }
     }
 }
 

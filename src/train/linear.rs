@@ -8,7 +8,7 @@
 use crate::engine::buffer::{DType, DeviceMxTensor, Ids, Tensor};
 use crate::engine::{Context, Stream};
 use crate::formats::{Axis, Rounding};
-use crate::kernels::matmul::{Input, Values};
+use crate::kernels::matmul::{Extras, Groups, Input, Values};
 use crate::kernels::quantize_both::{Guards, Hadamard, QuantizeBoth, Side, Signs};
 use crate::kernels::{Matmul, MatmulDesc, Operand, Quantile, Quantize, QuantizeDesc, Split, add};
 use crate::{Error, Result};
@@ -34,6 +34,8 @@ pub struct LinearDesc {
     pub dy: DType,
     /// The type of dX.
     pub dx: DType,
+    /// With experts: `rows` are slots, grouped by expert, and W is `[experts · N, K]`.
+    pub experts: Option<usize>,
 }
 
 /// What random bits of a step depend on.
@@ -49,7 +51,7 @@ impl Draws {
     /// Domains that do not meet: the optimizer's streams have the step in their upper half and this bit clear.
     const DOMAIN: u64 = 1 << 63;
 
-    fn rounding(self, cast: &Cast, layer: u32, operand: u32) -> Rounding {
+    pub(super) fn rounding(self, cast: &Cast, layer: u32, operand: u32) -> Rounding {
         match cast.rounding {
             Round::Nearest => Rounding::NearestEven,
             Round::Stochastic => Rounding::Stochastic {
@@ -63,7 +65,7 @@ impl Draws {
     }
 
     /// Both operands of a product get the same signs.
-    fn hadamard(self, cast: &Cast, layer: u32, product: u32) -> Option<Hadamard> {
+    pub(super) fn hadamard(self, cast: &Cast, layer: u32, product: u32) -> Option<Hadamard> {
         let place = u64::from(layer) << 8 | u64::from(product);
         cast.hadamard.map(|size| Hadamard {
             size,
@@ -76,6 +78,17 @@ impl Draws {
             },
         })
     }
+}
+
+/// What a layer is told of a pass.
+#[derive(Debug)]
+pub struct Step<'a> {
+    /// Random bits.
+    pub draws: Draws,
+    /// The quantizers count here, see [`crate::kernels::quantize_both::COUNTERS`].
+    pub counters: Option<&'a mut Ids>,
+    /// With experts: their slots.
+    pub groups: Option<&'a Groups>,
 }
 
 /// Where the six casts stand in a layer's random streams.
@@ -202,6 +215,8 @@ pub struct MxLinear {
     wgrad: Matmul,
     clips: [Option<(Quantile, Tensor)>; 2],
     outliers: Option<Outliers>,
+    /// Copies of x and dy.
+    kept: Option<[Tensor; 2]>,
 }
 
 impl MxLinear {
@@ -215,10 +230,13 @@ impl MxLinear {
     ) -> Result<MxLinear> {
         recipe.validate()?;
         let LinearDesc { rows, n, k, .. } = *desc;
+        let experts = desc.experts;
+        // Experts' slots are padded to what belongs together.
+        let slots = if experts.is_some() { 0 } else { rows };
         for (product, cast, len) in [
             ("forward", &recipe.forward.x, k),
             ("dgrad", &recipe.dgrad.dy, n),
-            ("wgrad", &recipe.wgrad.dy, rows),
+            ("wgrad", &recipe.wgrad.dy, slots),
         ] {
             if let Some(size) = cast.hadamard.filter(|size| !len.is_multiple_of(*size as usize)) {
                 return Err(Error::Mismatch {
@@ -229,13 +247,22 @@ impl MxLinear {
                 });
             }
         }
-        let (xs, ws, ys) = ([rows, k], [n, k], [rows, n]);
+        let (xs, ws, ys) = ([rows, k], [experts.unwrap_or(1) * n, k], [rows, n]);
         let x = Made::new(ctx, &recipe.forward.x, desc.x, xs, Axis::One)?;
         let x_columns = Made::beside(ctx, &x, &recipe.wgrad.x, desc.x, xs)?;
         let w = Made::new(ctx, &recipe.forward.w, desc.w, ws, Axis::One)?;
         let dy = Made::new(ctx, &recipe.dgrad.dy, desc.dy, ys, Axis::One)?;
         let dy_columns = Made::beside(ctx, &dy, &recipe.wgrad.dy, desc.dy, ys)?;
-        let w_dgrad = Made::new(ctx, &recipe.dgrad.w, desc.w, ws, Axis::Zero)?;
+        // Experts' matrices lie one under the other: only squares can be read across.
+        let across = if experts.is_some() { Axis::One } else { Axis::Zero };
+        if let (Some(_), Form::Mx(spec)) = (experts, recipe.dgrad.w.form()?) {
+            if spec.block.lines() == 1 {
+                return Err(Error::Recipe(format!(
+                    "dgrad.w: experts' weights need square blocks (or a dense type), not {spec}"
+                )));
+            }
+        }
+        let w_dgrad = Made::new(ctx, &recipe.dgrad.w, desc.w, ws, across)?;
         let gain = |cast: &Cast| {
             let hadamard = cast.hadamard.map(|size| Hadamard { size, signs: Signs::None });
             hadamard.map_or(1.0, Hadamard::gain)
@@ -250,6 +277,7 @@ impl MxLinear {
                 b: w.operand(false),
                 out: desc.y.into(),
                 alpha: gain(&recipe.forward.x),
+                experts,
                 ..Default::default()
             },
         )?;
@@ -260,9 +288,13 @@ impl MxLinear {
                 n: k,
                 k: n,
                 a: dy.operand(false),
-                b: w_dgrad.operand(true),
+                b: Operand {
+                    transposed: experts.is_some() || w_dgrad.operand(true).transposed,
+                    ..w_dgrad.operand(true)
+                },
                 out: desc.dx.into(),
                 alpha: gain(&recipe.dgrad.dy),
+                experts,
                 ..Default::default()
             },
         )?;
@@ -277,6 +309,8 @@ impl MxLinear {
                 out: DType::F32.into(),
                 alpha: gain(&recipe.wgrad.dy),
                 beta: if accumulate { 1.0 } else { 0.0 },
+                experts,
+                group_k: experts.is_some(),
                 ..Default::default()
             },
         )?;
@@ -286,6 +320,9 @@ impl MxLinear {
             clip.transpose()
         };
         let outliers = match recipe.forward.x.outliers {
+            Some(_) if experts.is_some() => {
+                return Err(Error::Recipe("forward.x: experts keep no outliers apart".into()));
+            }
             None => None,
             Some(columns) => {
                 let w_type = if desc.w == DType::BF16 { desc.w } else { desc.x };
@@ -331,6 +368,7 @@ impl MxLinear {
             dgrad,
             wgrad,
             outliers,
+            kept: None,
         })
     }
 
@@ -343,6 +381,18 @@ impl MxLinear {
     pub fn bytes(&self) -> usize {
         let all = [&self.x, &self.x_columns, &self.w, &self.dy, &self.dy_columns, &self.w_dgrad];
         all.iter().map(|made| made.bytes()).sum()
+    }
+
+    /// Keeps copies of x and dy from now on, to be measured.
+    pub fn keep_operands(&mut self, ctx: &Context) -> Result<()> {
+        let LinearDesc { rows, n, k, x, dy, .. } = self.desc;
+        self.kept = Some([ctx.zeros(x, rows, k)?, ctx.zeros(dy, rows, n)?]);
+        Ok(())
+    }
+
+    /// Those of the last pass.
+    pub fn kept(&self) -> Option<&[Tensor; 2]> {
+        self.kept.as_ref()
     }
 
     /// The tiers of forward, dgrad and wgrad.
@@ -362,14 +412,8 @@ impl MxLinear {
             draws.hadamard(forward, layer, FORWARD),
             &mut self.w,
         )?;
-        weight(
-            stream,
-            w,
-            dgrad,
-            Axis::Zero,
-            draws.hadamard(dgrad, layer, DGRAD),
-            &mut self.w_dgrad,
-        )?;
+        let across = if self.desc.experts.is_some() { Axis::One } else { Axis::Zero };
+        weight(stream, w, dgrad, across, draws.hadamard(dgrad, layer, DGRAD), &mut self.w_dgrad)?;
         match &mut self.outliers {
             Some(o) => weight(stream, w, &Cast::plain("bf16"), Axis::One, None, &mut o.w_dense),
             None => Ok(()),
@@ -383,10 +427,14 @@ impl MxLinear {
         x: &Tensor,
         w: &Tensor,
         y: &mut Tensor,
-        draws: Draws,
-        counters: Option<&mut Ids>,
+        step: Step<'_>,
     ) -> Result<()> {
+        let Step { draws, counters, groups } = step;
+        let extras = Extras { groups, ..Default::default() };
         let layer = self.layer;
+        if let Some([kept, _]) = &mut self.kept {
+            add::cast(stream, x, kept)?;
+        }
         if let Some(o) = &mut self.outliers {
             o.split.choose(stream, x)?;
         }
@@ -406,7 +454,7 @@ impl MxLinear {
             (draws, layer),
             counters,
         )?;
-        self.forward.record(stream, self.x.input(x), self.w.input(w), &mut *y)?;
+        self.forward.record_with(stream, self.x.input(x), self.w.input(w), &mut *y, extras)?;
         if let Some(o) = &mut self.outliers {
             o.split.gather(stream, x, &mut o.x)?;
             match &o.w_dense {
@@ -428,10 +476,14 @@ impl MxLinear {
         dy: &Tensor,
         dx: &mut Tensor,
         dw: &mut Tensor,
-        draws: Draws,
-        counters: Option<&mut Ids>,
+        step: Step<'_>,
     ) -> Result<()> {
+        let Step { draws, counters, groups } = step;
+        let extras = Extras { groups, ..Default::default() };
         let layer = self.layer;
+        if let Some([_, kept]) = &mut self.kept {
+            add::cast(stream, dy, kept)?;
+        }
         quantize(
             stream,
             dy,
@@ -448,7 +500,7 @@ impl MxLinear {
             (draws, layer),
             counters,
         )?;
-        self.dgrad.record(stream, self.dy.input(dy), self.w_dgrad.input(w), dx)?;
+        self.dgrad.record_with(stream, self.dy.input(dy), self.w_dgrad.input(w), dx, extras)?;
         let x = match (&self.x_columns, x) {
             (Made::AsIs(_), None) => {
                 return Err(Error::Mismatch {
@@ -464,7 +516,7 @@ impl MxLinear {
         };
         let dy_columns = self.dy_columns.input_beside(&self.dy, dy);
         let x_columns = self.x_columns.input_beside(&self.x, x);
-        self.wgrad.record(stream, dy_columns, x_columns, dw)
+        self.wgrad.record_with(stream, dy_columns, x_columns, dw, extras)
     }
 }
 

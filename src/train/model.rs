@@ -22,11 +22,12 @@ use crate::kernels::embedding::{self, EmbeddingGradient};
 use crate::kernels::reduce::Reduce;
 use crate::kernels::rmsnorm::RmsNorm;
 use crate::kernels::rope::{Direction, Rope};
-use crate::kernels::{Attention, AttentionDesc, add, quantize_both, swiglu};
+use crate::kernels::router::{Router, RouterDesc, Routes};
+use crate::kernels::{Attention, AttentionDesc, add, permute, quantize_both, swiglu};
 use crate::rng;
 use crate::{Error, Result};
 
-use super::linear::{Draws, LinearDesc, MxLinear};
+use super::linear::{Draws, LinearDesc, MxLinear, Step};
 use super::recipe::Recipe;
 
 /// The sizes of a model and of its batch.
@@ -48,15 +49,28 @@ pub struct ModelDesc {
     pub batch: usize,
     /// Tokens predicted beyond the next one.
     pub mtp: usize,
+    /// A mixture of experts in place of the feed-forward part.
+    pub experts: Option<Experts>,
+}
+
+/// A mixture of experts: each token goes to the best `top_k`, none is dropped. `ffn` is an expert's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Experts {
+    /// How many: a multiple of 4.
+    pub count: usize,
+    /// Experts of a token.
+    pub top_k: usize,
 }
 
 /// The weight of all extra heads' losses together.
 const MTP_WEIGHT: f32 = 0.3;
+/// How far a step moves an expert's bias.
+const BALANCE: f32 = 1e-3;
 const EPS: f32 = 1e-5;
 const ROPE_BASE: f64 = 10_000.0;
 
 impl ModelDesc {
-    /// `tiny`, `small`, `10m`, `30m`.
+    /// `tiny`, `small`, `10m`, `30m`, `moe`.
     pub fn preset(name: &str) -> Option<ModelDesc> {
         let desc = |dim, layers, heads, ffn, seq, batch| ModelDesc {
             vocabulary: 256,
@@ -67,12 +81,17 @@ impl ModelDesc {
             seq,
             batch,
             mtp: 0,
+            experts: None,
         };
         Some(match name {
             "tiny" => desc(128, 2, 4, 384, 128, 16),
             "small" => desc(256, 4, 4, 768, 256, 16),
             "10m" => desc(384, 6, 6, 1024, 512, 64),
             "30m" => desc(640, 6, 10, 1792, 512, 64),
+            "moe" => ModelDesc {
+                experts: Some(Experts { count: 8, top_k: 2 }),
+                ..desc(256, 4, 4, 384, 256, 16)
+            },
             _ => return None,
         })
     }
@@ -84,7 +103,10 @@ impl ModelDesc {
 
     /// Parameters.
     pub fn parameters(&self) -> usize {
-        let block = 4 * self.dim * self.dim + 3 * self.dim * self.ffn + 2 * self.dim;
+        let experts = self.experts.map_or(1, |experts| experts.count);
+        let router = self.experts.map_or(0, |experts| experts.count * self.dim);
+        let block =
+            4 * self.dim * self.dim + experts * 3 * self.dim * self.ffn + router + 2 * self.dim;
         2 * self.vocabulary * self.dim
             + (self.layers + self.mtp) * block
             + (1 + self.mtp) * self.dim
@@ -156,6 +178,35 @@ struct Block {
     y1: Option<Tensor>,
     y2: Option<Tensor>,
     h: Option<Tensor>,
+    /// With experts: then y2, gu and h have a row a slot, not a token.
+    routed: Option<Routed>,
+}
+
+/// The router of a block, and what it keeps.
+#[derive(Debug)]
+struct Routed {
+    router: (Id, MxLinear),
+    /// Added to the probabilities for the choice, and moved towards an even load (DeepSeek-V3's balancing).
+    bias: Tensor,
+    routes: Routes,
+    /// The router's input.
+    y: Tensor,
+    /// The experts' outputs, a row a slot.
+    ys: Tensor,
+}
+
+/// What the blocks with experts share.
+#[derive(Debug)]
+struct Scratch {
+    router: Router,
+    logits: Tensor,
+    dlogits: Tensor,
+    dweights: Tensor,
+    xs: Tensor,
+    dxs: Tensor,
+    dys: Tensor,
+    /// The gradient of the router's input.
+    dy: Tensor,
 }
 
 /// What the blocks share.
@@ -184,6 +235,7 @@ struct Shared {
     losses: Tensor,
     /// With extra heads: the gradient of the trunk's output, of all of them.
     dtrunk: Option<Tensor>,
+    experts: Option<Scratch>,
 }
 
 /// A head: the norm before it and what it keeps.
@@ -290,30 +342,85 @@ impl Maker<'_> {
         self.recipe.optimizer.master.into()
     }
 
-    fn linear(&mut self, name: &str, n: usize, k: usize, dy: DType) -> Result<MxLinear> {
+    fn linear(&mut self, name: &str, desc: LinearDesc, accumulate: bool) -> Result<MxLinear> {
         self.layers += 1;
-        let (rows, act, w) = (self.desc.tokens(), self.act(), self.master());
-        let desc = LinearDesc { rows, n, k, x: act, w, y: act, dy, dx: act };
-        MxLinear::new(self.ctx, &desc, self.recipe.layer(name), self.layers, false)
+        MxLinear::new(self.ctx, &desc, self.recipe.layer(name), self.layers, accumulate)
             .map_err(|error| Error::Recipe(format!("{name}: {error}")))
     }
 
+    /// What a router of this block needs.
+    fn router(&self, name: &str) -> Option<RouterDesc> {
+        let Experts { count, top_k } = self.desc.experts?;
+        // Blocks and transforms along the slots do not cross experts.
+        let casts = ["gate_up", "down"].map(|layer| {
+            let wgrad = &self.recipe.layer(&format!("{name}.experts.{layer}")).wgrad;
+            [wgrad.x.length(), wgrad.dy.length()]
+        });
+        let align = casts.into_iter().flatten().max().unwrap_or(0).max(32);
+        Some(RouterDesc {
+            tokens: self.desc.tokens(),
+            experts: count,
+            top_k,
+            bias: true,
+            align,
+            ..Default::default()
+        })
+    }
+
     fn block(&mut self, name: &str) -> Result<Block> {
-        let ModelDesc { dim, ffn, layers, heads, .. } = *self.desc;
-        let (t, act, ctx) = (self.desc.tokens(), self.act(), self.ctx);
+        let ModelDesc { dim, ffn, layers, heads, experts, .. } = *self.desc;
+        let (t, act, ctx, master) = (self.desc.tokens(), self.act(), self.ctx, self.master());
         let inner = 0.02 / (2.0 * layers as f64).sqrt();
+        let router = self.router(name);
+        let (count, rows, prefix) = match (experts, &router) {
+            (Some(experts), Some(router)) => (experts.count, router.slots(), "experts."),
+            _ => (1, t, ""),
+        };
         let norm1 = self.gain(format!("{name}.norm1"))?;
         let qkv = self.param(format!("{name}.qkv"), [3 * dim, dim], 0.02, true)?;
         let out = self.param(format!("{name}.out"), [dim, dim], inner, true)?;
         let norm2 = self.gain(format!("{name}.norm2"))?;
-        let gate_up = self.param(format!("{name}.gate_up"), [2 * ffn, dim], 0.02, true)?;
-        let down = self.param(format!("{name}.down"), [dim, ffn], inner, true)?;
-        let qkv = (qkv, self.linear(&format!("{name}.qkv"), 3 * dim, dim, act)?);
-        let out = (out, self.linear(&format!("{name}.out"), dim, dim, DType::F32)?);
-        let gate_up = (gate_up, self.linear(&format!("{name}.gate_up"), 2 * ffn, dim, act)?);
-        let down = (down, self.linear(&format!("{name}.down"), dim, ffn, DType::F32)?);
-        let kept = |linear: &MxLinear, cols| match linear.keeps_x() {
-            true => ctx.zeros(act, t, cols).map(Some),
+        let (gate_up_name, down_name) =
+            (format!("{name}.{prefix}gate_up"), format!("{name}.{prefix}down"));
+        let gate_up = self.param(gate_up_name.clone(), [count * 2 * ffn, dim], 0.02, true)?;
+        let down = self.param(down_name.clone(), [count * dim, ffn], inner, true)?;
+        let plain = |n, k| LinearDesc {
+            rows: t,
+            n,
+            k,
+            x: act,
+            w: master,
+            y: act,
+            dy: act,
+            dx: act,
+            experts: None,
+        };
+        // The gradient of the residual stream is f32.
+        let f32s = |n, k| LinearDesc { dy: DType::F32, ..plain(n, k) };
+        let grouped = |desc: LinearDesc| match experts {
+            None => desc,
+            Some(experts) => LinearDesc { rows, dy: act, experts: Some(experts.count), ..desc },
+        };
+        let qkv = (qkv, self.linear(&format!("{name}.qkv"), plain(3 * dim, dim), false)?);
+        let out = (out, self.linear(&format!("{name}.out"), f32s(dim, dim), false)?);
+        let gate_up = (gate_up, self.linear(&gate_up_name, grouped(plain(2 * ffn, dim)), false)?);
+        let down = (down, self.linear(&down_name, grouped(f32s(dim, ffn)), false)?);
+        let routed = match router {
+            None => None,
+            Some(desc) => {
+                let id = self.param(format!("{name}.router"), [count, dim], 0.02, true)?;
+                let linear = LinearDesc { y: DType::F32, ..f32s(count, dim) };
+                Some(Routed {
+                    router: (id, self.linear(&format!("{name}.router"), linear, false)?),
+                    bias: ctx.zeros(DType::F32, 1, count)?,
+                    routes: Routes::new(ctx, &desc)?,
+                    y: ctx.zeros(act, t, dim)?,
+                    ys: ctx.zeros(act, rows, dim)?,
+                })
+            }
+        };
+        let kept = |linear: &MxLinear, rows, cols| match linear.keeps_x() {
+            true => ctx.zeros(act, rows, cols).map(Some),
             false => Ok(None),
         };
         Ok(Block {
@@ -326,14 +433,15 @@ impl Maker<'_> {
             attended: ctx.zeros(act, t, dim)?,
             lse: ctx.zeros(DType::F32, t, heads)?,
             rotated: ctx.zeros(act, t, 3 * dim)?,
-            gu: ctx.zeros(act, t, 2 * ffn)?,
-            y1: kept(&qkv.1, dim)?,
-            y2: kept(&gate_up.1, dim)?,
-            h: kept(&down.1, ffn)?,
+            gu: ctx.zeros(act, rows, 2 * ffn)?,
+            y1: kept(&qkv.1, t, dim)?,
+            y2: kept(&gate_up.1, rows, dim)?,
+            h: kept(&down.1, rows, ffn)?,
             qkv,
             out,
             gate_up,
             down,
+            routed,
         })
     }
 
@@ -341,7 +449,6 @@ impl Maker<'_> {
         let ModelDesc { dim, vocabulary, .. } = *self.desc;
         let (t, act) = (self.desc.tokens(), self.act());
         let norm = self.gain(format!("{name}.norm"))?;
-        self.layers += 1;
         let desc = LinearDesc {
             rows: t,
             n: vocabulary,
@@ -351,12 +458,11 @@ impl Maker<'_> {
             y: DType::F32,
             dy: DType::F32,
             dx: act,
+            experts: None,
         };
-        let recipe = self.recipe.layer("head");
         Ok(Head {
             norm,
-            linear: MxLinear::new(self.ctx, &desc, recipe, self.layers, accumulate)
-                .map_err(|error| Error::Recipe(format!("head: {error}")))?,
+            linear: self.linear("head", desc, accumulate)?,
             s: self.ctx.zeros(DType::F32, t, dim)?,
             rstd: self.ctx.zeros(DType::F32, t, 1)?,
             y: self.ctx.zeros(act, t, dim)?,
@@ -416,6 +522,9 @@ impl Model {
             all.push(maker.head(&format!("mtp.{i}.final"), true)?);
         }
         let zeros = |dtype, cols| ctx.zeros(dtype, t, cols);
+        let router = maker.router("blocks.0");
+        let rows = router.map_or(t, |router| router.slots());
+        let slots = |cols| ctx.zeros(act, rows, cols);
         let head_dim = dim / heads;
         let shared = Shared {
             norm: RmsNorm::new(ctx, t, dim, EPS)?,
@@ -424,13 +533,13 @@ impl Model {
             embedding: EmbeddingGradient::new(ctx, t, vocabulary, dim)?,
             reduce: Reduce::new(ctx, t)?,
             y: zeros(act, dim)?,
-            h: zeros(act, ffn)?,
+            h: slots(ffn)?,
             o: zeros(act, dim)?,
             f: zeros(act, dim)?,
             ds: [zeros(DType::F32, dim)?, zeros(DType::F32, dim)?],
             dy: zeros(act, dim)?,
-            dh: zeros(act, ffn)?,
-            dgu: zeros(act, 2 * ffn)?,
+            dh: slots(ffn)?,
+            dgu: slots(2 * ffn)?,
             dqkv: zeros(act, 3 * dim)?,
             dattended: zeros(act, dim)?,
             dlogits: zeros(DType::F32, vocabulary)?,
@@ -439,6 +548,19 @@ impl Model {
             dtrunk: match desc.mtp {
                 0 => None,
                 _ => Some(zeros(DType::F32, dim)?),
+            },
+            experts: match router {
+                None => None,
+                Some(desc) => Some(Scratch {
+                    router: Router::new(ctx, &desc)?,
+                    logits: zeros(DType::F32, desc.experts)?,
+                    dlogits: zeros(DType::F32, desc.experts)?,
+                    dweights: zeros(DType::F32, desc.top_k)?,
+                    xs: slots(dim)?,
+                    dxs: slots(dim)?,
+                    dys: slots(dim)?,
+                    dy: zeros(act, dim)?,
+                }),
             },
         };
         Ok(Model {
@@ -464,16 +586,28 @@ impl Model {
         &self.desc
     }
 
+    /// The linear layers with their weights. Extra heads, which share the main one's, are left out.
+    pub fn linears(&self) -> impl Iterator<Item = (&Param, &MxLinear)> {
+        let blocks = self.blocks.iter().chain(&self.extra);
+        blocks
+            .flat_map(|Block { qkv, out, gate_up, down, .. }| [qkv, out, gate_up, down])
+            .map(|(id, linear)| (&self.params[*id], linear))
+            .chain([(&self.params[self.head], &self.heads[0].linear)])
+    }
+
     /// Each linear layer's tiers, by name.
     pub fn tiers(&self) -> Vec<(String, [crate::Tier; 3])> {
-        let mut list = Vec::new();
-        for block in self.blocks.iter().chain(&self.extra) {
-            for (id, linear) in [&block.qkv, &block.out, &block.gate_up, &block.down] {
-                list.push((self.params[*id].name.clone(), linear.tiers()));
+        self.linears().map(|(param, linear)| (param.name.clone(), linear.tiers())).collect()
+    }
+
+    /// Lets the linear layers keep copies of their operands from now on, to be measured: see [`super::tune`].
+    pub fn keep_operands(&mut self) -> Result<()> {
+        for Block { qkv, out, gate_up, down, .. } in self.blocks.iter_mut().chain(&mut self.extra) {
+            for (_, linear) in [qkv, out, gate_up, down] {
+                linear.keep_operands(&self.ctx)?;
             }
         }
-        list.push(("head".into(), self.heads[0].linear.tiers()));
-        list
+        self.heads[0].linear.keep_operands(&self.ctx)
     }
 
     /// Uploads a batch `[batch, seq + 1 + mtp]` of tokens: inputs and, for every head, targets.
@@ -517,6 +651,14 @@ impl Model {
         self.heads.iter().map(|head| &head.loss)
     }
 
+    /// What a run keeps besides parameters: the routers' biases, `[1, experts]` f32 each, by name.
+    pub fn biases(&mut self) -> impl Iterator<Item = (String, &mut Tensor)> {
+        let params = &self.params;
+        let routed =
+            self.blocks.iter_mut().chain(&mut self.extra).filter_map(|b| b.routed.as_mut());
+        routed.map(|r| (format!("{}.bias", params[r.router.0].name), &mut r.bias))
+    }
+
     /// Records the packing of all weights, after they changed.
     pub fn prepare(&mut self, stream: &mut Stream<'_>, draws: Draws) -> Result<()> {
         let params = &self.params;
@@ -524,6 +666,9 @@ impl Model {
             for (id, linear) in
                 [&mut block.qkv, &mut block.out, &mut block.gate_up, &mut block.down]
             {
+                linear.prepare(stream, &params[*id].value, draws)?;
+            }
+            if let Some(Routed { router: (id, linear), .. }) = &mut block.routed {
                 linear.prepare(stream, &params[*id].value, draws)?;
             }
         }
@@ -594,9 +739,9 @@ impl Model {
     }
 }
 
-/// The counters, where the pass counts.
-fn counting(pass: Pass, counters: &mut Ids) -> Option<&mut Ids> {
-    pass.count.then_some(counters)
+/// What a layer is told.
+fn step(pass: Pass, counters: &mut Ids) -> Step<'_> {
+    Step { draws: pass.draws, counters: pass.count.then_some(counters), groups: None }
 }
 
 impl Block {
@@ -610,9 +755,8 @@ impl Block {
         pass: Pass,
         counters: &mut Ids,
     ) -> Result<()> {
-        let Shared { norm, rope, attention, y, h, o, f, .. } = shared;
+        let Shared { norm, rope, attention, y, h, o, f, experts, .. } = shared;
         let value = |id: Id| &params[id].value;
-        let draws = pass.draws;
         let y1 = self.y1.as_mut().unwrap_or(y);
         match s {
             Some(s) => {
@@ -622,27 +766,39 @@ impl Block {
             None => norm.forward(stream, &self.s1, None, value(self.norm1), y1, &mut self.rstd1)?,
         }
         let (id, linear) = &mut self.qkv;
-        linear.forward(
-            stream,
-            y1,
-            value(*id),
-            &mut self.rotated,
-            draws,
-            counting(pass, counters),
-        )?;
+        linear.forward(stream, y1, value(*id), &mut self.rotated, step(pass, counters))?;
         rope.record(stream, &mut self.rotated, Direction::Forward)?;
         attention.forward(stream, &self.rotated, &mut self.attended, &mut self.lse)?;
         let (id, linear) = &mut self.out;
-        linear.forward(stream, &self.attended, value(*id), o, draws, counting(pass, counters))?;
-        let y2 = self.y2.as_mut().unwrap_or(y);
+        linear.forward(stream, &self.attended, value(*id), o, step(pass, counters))?;
         let branch = Some((&*o, &mut self.s2));
-        norm.forward(stream, &self.s1, branch, value(self.norm2), y2, &mut self.rstd2)?;
+        let gain = value(self.norm2);
+        let Some((routed, e)) = self.routed.as_mut().zip(experts.as_mut()) else {
+            let y2 = self.y2.as_mut().unwrap_or(y);
+            norm.forward(stream, &self.s1, branch, gain, y2, &mut self.rstd2)?;
+            let (id, linear) = &mut self.gate_up;
+            linear.forward(stream, y2, value(*id), &mut self.gu, step(pass, counters))?;
+            let h = self.h.as_mut().unwrap_or(h);
+            swiglu::forward(stream, &self.gu, h)?;
+            let (id, linear) = &mut self.down;
+            return linear.forward(stream, h, value(*id), f, step(pass, counters));
+        };
+        let Routed { router: (id, linear), bias, routes, y, ys } = routed;
+        norm.forward(stream, &self.s1, branch, gain, y, &mut self.rstd2)?;
+        linear.forward(stream, y, value(*id), &mut e.logits, step(pass, counters))?;
+        e.router.record(stream, &e.logits, Some(bias), routes)?;
+        let xs = self.y2.as_mut().unwrap_or(&mut e.xs);
+        permute::gather(stream, routes, y, xs)?;
         let (id, linear) = &mut self.gate_up;
-        linear.forward(stream, y2, value(*id), &mut self.gu, draws, counting(pass, counters))?;
+        let groups = Some(&routes.groups);
+        let of = Step { groups, ..step(pass, counters) };
+        linear.forward(stream, xs, value(*id), &mut self.gu, of)?;
+        permute::clear_padding(stream, routes, &mut self.gu)?;
         let h = self.h.as_mut().unwrap_or(h);
         swiglu::forward(stream, &self.gu, h)?;
         let (id, linear) = &mut self.down;
-        linear.forward(stream, h, value(*id), f, draws, counting(pass, counters))
+        linear.forward(stream, h, value(*id), ys, Step { groups, ..step(pass, counters) })?;
+        permute::combine(stream, routes, ys, f, false)
     }
 
     /// From the gradient of the block's output in `shared.ds[0]` to that of its input, in the same place.
@@ -654,29 +810,56 @@ impl Block {
         pass: Pass,
         counters: &mut Ids,
     ) -> Result<()> {
-        let Shared { norm, rope, attention, ds: [a, b], dy, dh, dgu, dqkv, dattended, .. } = shared;
-        let draws = pass.draws;
-        let (id, linear) = &mut self.down;
-        let Param { value, grad, .. } = &mut params[*id];
-        let h = self.h.as_ref();
-        linear.backward(stream, h, value, a, dh, grad, draws, counting(pass, counters))?;
-        swiglu::backward(stream, &self.gu, dh, dgu)?;
-        let (id, linear) = &mut self.gate_up;
-        let Param { value, grad, .. } = &mut params[*id];
-        let y2 = self.y2.as_ref();
-        linear.backward(stream, y2, value, dgu, dy, grad, draws, counting(pass, counters))?;
+        let Shared {
+            norm, rope, attention, ds: [a, b], dy, dh, dgu, dqkv, dattended, experts, ..
+        } = shared;
+        match self.routed.as_mut().zip(experts.as_mut()) {
+            None => {
+                let (id, linear) = &mut self.down;
+                let Param { value, grad, .. } = &mut params[*id];
+                let h = self.h.as_ref();
+                linear.backward(stream, h, value, a, dh, grad, step(pass, counters))?;
+                swiglu::backward(stream, &self.gu, dh, dgu)?;
+                let (id, linear) = &mut self.gate_up;
+                let Param { value, grad, .. } = &mut params[*id];
+                let y2 = self.y2.as_ref();
+                linear.backward(stream, y2, value, dgu, dy, grad, step(pass, counters))?;
+            }
+            Some((Routed { router, bias, routes, y, ys }, e)) => {
+                let groups = Some(&routes.groups);
+                permute::combine_backward(stream, routes, a, ys, &mut e.dys, &mut e.dweights)?;
+                let (id, linear) = &mut self.down;
+                let Param { value, grad, .. } = &mut params[*id];
+                let of = Step { groups, ..step(pass, counters) };
+                linear.backward(stream, self.h.as_ref(), value, &e.dys, dh, grad, of)?;
+                permute::clear_padding(stream, routes, dh)?;
+                swiglu::backward(stream, &self.gu, dh, dgu)?;
+                let (id, linear) = &mut self.gate_up;
+                let Param { value, grad, .. } = &mut params[*id];
+                let of = Step { groups, ..step(pass, counters) };
+                linear.backward(stream, self.y2.as_ref(), value, dgu, &mut e.dxs, grad, of)?;
+                permute::gather_backward(stream, routes, &e.dxs, dy, false)?;
+                e.router.backward(stream, routes, &e.dweights, &mut e.dlogits, 0.0)?;
+                let (id, linear) = router;
+                let Param { value, grad, .. } = &mut params[*id];
+                let of = step(pass, counters);
+                linear.backward(stream, Some(y), value, &e.dlogits, &mut e.dy, grad, of)?;
+                add::add(stream, &e.dy, dy)?;
+                e.router.balance(stream, routes, bias, BALANCE)?;
+            }
+        }
         let Param { value, grad, .. } = &mut params[self.norm2];
         norm.backward(stream, &self.s2, value, &self.rstd2, dy, Some(a), b, grad, false)?;
         let (id, linear) = &mut self.out;
         let Param { value, grad, .. } = &mut params[*id];
         let x = Some(&self.attended);
-        linear.backward(stream, x, value, b, dattended, grad, draws, counting(pass, counters))?;
+        linear.backward(stream, x, value, b, dattended, grad, step(pass, counters))?;
         attention.backward(stream, &self.rotated, &self.attended, &self.lse, dattended, dqkv)?;
         rope.record(stream, dqkv, Direction::Backward)?;
         let (id, linear) = &mut self.qkv;
         let Param { value, grad, .. } = &mut params[*id];
         let y1 = self.y1.as_ref();
-        linear.backward(stream, y1, value, dqkv, dy, grad, draws, counting(pass, counters))?;
+        linear.backward(stream, y1, value, dqkv, dy, grad, step(pass, counters))?;
         let Param { value, grad, .. } = &mut params[self.norm1];
         norm.backward(stream, &self.s1, value, &self.rstd1, dy, Some(b), a, grad, false)
     }
@@ -701,7 +884,7 @@ impl Head {
         let gain = &params[self.norm].value;
         norm.forward(stream, s, branch, gain, &mut self.y, &mut self.rstd)?;
         let w = &params[head].value;
-        self.linear.forward(stream, &self.y, w, logits, pass.draws, counting(pass, counters))?;
+        self.linear.forward(stream, &self.y, w, logits, step(pass, counters))?;
         let gradient = scale.map(|scale| (dlogits, scale));
         cross_entropy(stream, logits, &self.targets, losses, gradient)?;
         reduce.mean(stream, losses, Some(&self.targets), &mut self.loss)
@@ -719,7 +902,6 @@ impl Head {
     ) -> Result<()> {
         let Shared { norm, dlogits, dy, ds: [a, _], .. } = shared;
         let Param { value, grad, .. } = &mut params[head];
-        let counters = counting(pass, counters);
         self.linear.backward(
             stream,
             Some(&self.y),
@@ -727,8 +909,7 @@ impl Head {
             dlogits,
             dy,
             grad,
-            pass.draws,
-            counters,
+            step(pass, counters),
         )?;
         let Param { value, grad, .. } = &mut params[self.norm];
         norm.backward(stream, &self.s, value, &self.rstd, dy, None, a, grad, false)

@@ -326,6 +326,15 @@ impl Cast {
         Ok(Form::Mx(spec))
     }
 
+    /// How many positions along what is contracted belong together; 1 for dense types.
+    pub(super) fn length(&self) -> usize {
+        let block = match self.form() {
+            Ok(Form::Mx(spec)) => spec.block.len(),
+            _ => 1,
+        };
+        block.max(self.hadamard.unwrap_or(1) as usize)
+    }
+
     fn validate(&self, operand: &str) -> Result<()> {
         let wrong = |problem: String| Err(Error::Recipe(format!("{operand}: {problem}")));
         let form = match self.form() {
@@ -534,11 +543,23 @@ impl Recipe {
         };
         let dense = if name == "f32" { "f32" } else { "bf16" };
         let keep = |pattern: &str| Layer { name: pattern.into(), linear: Linear::dense(dense) };
+        let mut layers = Vec::new();
+        if let Form::Mx(spec) = linear.dgrad.w.form()? {
+            if spec.block.lines() == 1 {
+                // Experts' weights are read both ways: squares, and no transform of them.
+                let mut experts = linear.clone();
+                let Dgrad { dy, w } = &mut experts.dgrad;
+                (dy.hadamard, dy.signs, w.hadamard, w.signs) = (None, None, None, None);
+                w.block = Some("32x32".into());
+                layers.push(Layer { name: "*.experts.*".into(), linear: experts });
+            }
+        }
+        layers.extend([keep("head"), keep("*.router")]);
         Ok(Recipe {
             name: name.into(),
             activations: if name == "f32" { Dense::F32 } else { Dense::Bf16 },
             linear,
-            layers: vec![keep("head"), keep("*.router")],
+            layers,
             optimizer: Optimizer::default(),
             loss_scale: LossScale::default(),
         })

@@ -228,26 +228,40 @@ impl Trainer {
     }
 
     /// Goes on with a text, `count` bytes, each drawn from the model's distribution at this temperature; at 0 the likeliest.
-    /// Waits.
+    /// Waits. In a model of as few sequences as there can be, with these weights.
     pub async fn generate(
         &mut self,
         prompt: &[u8],
         count: usize,
         temperature: f64,
     ) -> Result<Vec<u8>> {
-        let ModelDesc { seq, batch, vocabulary, .. } = *self.model.desc();
+        let ModelDesc { seq, vocabulary, .. } = self.desc.model;
+        let batch = (1..=32).find(|batch| (batch * seq).is_multiple_of(32)).unwrap_or(32);
+        let desc = ModelDesc { batch, mtp: 0, ..self.desc.model.clone() };
+        let mut model = Model::new(&self.ctx, &desc, &self.desc.recipe, self.desc.seed)?;
+        for to in &mut model.params {
+            if let Some(from) = self.model.params.iter().find(|from| from.name == to.name) {
+                to.value.data.write(&self.ctx, &self.ctx.read(&from.value).await?)?;
+            }
+        }
+        for ((_, to), (_, from)) in model.biases().zip(self.model.biases()) {
+            to.data.write(&self.ctx, &self.ctx.read(from).await?)?;
+        }
         let draws = Draws { seed: self.desc.seed, step: self.step as u32 + 1 };
+        let mut stream = self.ctx.stream();
+        model.prepare(&mut stream, draws)?;
+        self.ctx.submit(stream)?;
         let mut text = prompt.to_vec();
         for i in 0..count {
             let from = text.len().saturating_sub(seq);
             let mut tokens: Vec<u32> = text[from..].iter().map(|byte| u32::from(*byte)).collect();
             let last = tokens.len().saturating_sub(1);
             tokens.resize(batch * seq, 0);
-            self.model.set_inputs(&tokens)?;
+            model.set_inputs(&tokens)?;
             let mut stream = self.ctx.stream();
-            self.model.record(&mut stream, Pass { draws, count: false }, None)?;
+            model.record(&mut stream, Pass { draws, count: false }, None)?;
             self.ctx.submit(stream)?;
-            let logits = floats(&self.ctx.read(self.model.logits()).await?);
+            let logits = floats(&self.ctx.read(model.logits()).await?);
             let row = &logits[last * vocabulary..(last + 1) * vocabulary];
             let most = row.iter().fold(f32::MIN, |a, b| a.max(*b));
             let coldest = temperature.max(f64::MIN_POSITIVE);
@@ -266,7 +280,7 @@ impl Trainer {
     }
 
     /// Everything that the run needs to go on. Waits.
-    pub async fn checkpoint(&self) -> Result<Checkpoint> {
+    pub async fn checkpoint(&mut self) -> Result<Checkpoint> {
         let mut checkpoint = Checkpoint::default();
         for (key, value) in self.meta()? {
             checkpoint.meta.insert(key.into(), value);
@@ -296,6 +310,9 @@ impl Trainer {
                 )?;
             }
         }
+        for (name, bias) in self.model.biases() {
+            checkpoint.insert(name, Dtype::F32, &bias.shape(), self.ctx.read(bias).await?)?;
+        }
         Ok(checkpoint)
     }
 
@@ -319,6 +336,10 @@ impl Trainer {
                 let bytes = checkpoint.take(&name, state_dtype(tensor.dtype), &tensor.shape)?;
                 p.state.write(&ctx, tensor.name, &bytes)?;
             }
+        }
+        for (name, bias) in self.model.biases() {
+            let bytes = checkpoint.take(&name, Dtype::F32, &bias.shape())?;
+            bias.data.write(&ctx, &bytes)?;
         }
         self.step = checkpoint.value("step")?;
         self.exponent = checkpoint.value("loss_scale")?;

@@ -23,7 +23,7 @@ use crate::formats::{Block, Element, ScaleFormat, scale};
 pub(super) struct View<'a> {
     pub values: Source<'a>,
     /// An output index is a position along the lines (dense: a column), and k counts lines (dense: rows). MX: square
-    /// blocks only. Otherwise an output index is a line (a row), and `first_k` is 0.
+    /// blocks only. Otherwise an output index is a line (a row), and packed ones have a `first_k` that is a multiple of 32.
     pub transposed: bool,
     pub first: usize,
     pub first_k: usize,
@@ -120,9 +120,8 @@ fn tile_size(m: usize, n: usize) -> (usize, usize) {
 }
 
 fn product<T: Tier>(tier: &T, m: usize, n: usize, k: usize, acc: &mut [f32]) {
-    acc.fill(0.0);
     if acc.is_empty() || k == 0 {
-        return;
+        return acc.fill(0.0);
     }
     let (rows, cols) = tile_size(m, n);
     let mut tiles = Vec::with_capacity(m.div_ceil(rows) * n.div_ceil(cols));
@@ -162,15 +161,27 @@ fn run_tile<T: Tier>(tier: &T, panels: &mut T::Panels, mut tile: Tile<'_>, k: us
             for (i, rows) in tile.acc.chunks_mut(ROWS).enumerate() {
                 let width = COLS.min(tile.cols.len() - col);
                 let mut sums = Sums::default();
-                for (sums, row) in sums.iter_mut().zip(rows.iter()) {
-                    sums[..width].copy_from_slice(&row[col..col + width]);
+                if start > 0 {
+                    for (sums, row) in sums.iter_mut().zip(rows.iter()) {
+                        copy(&mut sums[..width], &row[col..col + width]);
+                    }
                 }
                 T::multiply(panels, i, j, depth, &mut sums);
                 for (sums, row) in sums.iter().zip(rows) {
-                    row[col..col + width].copy_from_slice(&sums[..width]);
+                    copy(&mut row[col..col + width], &sums[..width]);
                 }
             }
         }
+    }
+}
+
+/// Copies up to [`COLS`] sums. Of all of them the compiler knows the number, and calls no function.
+#[inline(always)]
+fn copy(to: &mut [f32], from: &[f32]) {
+    if to.len() == COLS && from.len() == COLS {
+        to[..COLS].copy_from_slice(&from[..COLS]);
+    } else {
+        to.copy_from_slice(from);
     }
 }
 
@@ -216,7 +227,7 @@ impl<'a> Packed<'a> {
     ) -> Packed<'a> {
         debug_assert!(match view.transposed {
             true => matches!(layout.spec.block, Block::Square(_)),
-            false => view.first_k == 0,
+            false => view.first_k.is_multiple_of(CELL),
         });
         Packed {
             element: layout.spec.element,
@@ -623,7 +634,8 @@ impl<const W: usize> IntegerPanel<W> {
                     } else {
                         // The same without a choice in the loop.
                         for (lane, words) in filled {
-                            let codes = unpack_whole(from.element.bits(), lines[first + lane], k);
+                            let at = from.first_k + k;
+                            let codes = unpack_whole(from.element.bits(), lines[first + lane], at);
                             *words = raised(from.element, codes, offset);
                         }
                     }
@@ -883,17 +895,75 @@ impl<'a> Values<'a> {
     fn load<const W: usize>(&self, to: &mut [[f32; W]], is: &Range<usize>, ks: Range<usize>) {
         match self {
             Values::Packed(packed, values) => load_packed(packed, values, to, is, ks),
+            Values::Dense(view, DType::F32, data, cols) => {
+                load_dense(view, data, *cols, |bits| bits, to, is, ks);
+            }
             Values::Dense(view, dtype, data, cols) => {
-                let at = |i: usize, kk: usize| {
-                    let (i, kk) = (view.first + i, view.first_k + kk);
-                    if view.transposed { kk * cols + i } else { i * cols + kk }
-                };
-                for i in is.clone() {
-                    let (strip, lane) = ((i - is.start) / W, (i - is.start) % W);
-                    for (values, kk) in to[strip * Alu::DEPTH..].iter_mut().zip(ks.clone()) {
-                        values[lane] = f32::from_bits(dtype.f32_bits(data, at(i, kk)));
+                let halves: &[u16] = bytemuck::cast_slice(data);
+                match dtype {
+                    DType::BF16 => {
+                        load_dense(view, halves, *cols, |h| u32::from(h) << 16, to, is, ks);
+                    }
+                    _ => {
+                        let widen = |half| dtype.widen(u32::from(half));
+                        load_dense(view, halves, *cols, widen, to, is, ks);
                     }
                 }
+            }
+        }
+    }
+}
+
+/// Loads dense elements, of which `bits` makes f32's.
+fn load_dense<T: bytemuck::Pod, const W: usize>(
+    view: &View<'_>,
+    data: &[T],
+    cols: usize,
+    bits: impl Fn(T) -> u32,
+    to: &mut [[f32; W]],
+    is: &Range<usize>,
+    ks: Range<usize>,
+) {
+    let k = view.first_k + ks.start;
+    for i in is.clone().step_by(W) {
+        let lanes = W.min(is.end - i);
+        let to = &mut to[(i - is.start) / W * Alu::DEPTH..][..ks.len()];
+        let first = view.first + i;
+        if view.transposed {
+            // The lanes of a position lie side by side.
+            for (to, row) in to.iter_mut().zip(k..) {
+                let from = &data[row * cols + first..][..lanes];
+                match <[T; W]>::try_from(from) {
+                    Ok(from) => *to = from.map(|x| f32::from_bits(bits(x))),
+                    Err(_) => {
+                        for (to, x) in to.iter_mut().zip(from) {
+                            *to = f32::from_bits(bits(*x));
+                        }
+                    }
+                }
+            }
+            continue;
+        }
+        // What the last strip lacks repeats a row.
+        let rows: [&[T]; W] = std::array::from_fn(|lane| {
+            &data[(first + lane.min(lanes - 1)) * cols + k..][..ks.len()]
+        });
+        for (j, to) in to.chunks_mut(8).enumerate() {
+            let mut words = [[0; W]; 8];
+            let here = 8 * j..8 * j + to.len();
+            if here.len() == 8 {
+                let lanes: [[u32; 8]; W] = std::array::from_fn(|lane| {
+                    let from = &rows[lane][8 * j..8 * j + 8];
+                    std::array::from_fn(|q| bits(from[q]))
+                });
+                transpose(&lanes, &mut words);
+            } else {
+                for (words, at) in words.iter_mut().zip(here) {
+                    *words = std::array::from_fn(|lane| bits(rows[lane][at]));
+                }
+            }
+            for (to, words) in to.iter_mut().zip(words) {
+                *to = words.map(f32::from_bits);
             }
         }
     }

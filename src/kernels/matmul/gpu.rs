@@ -3,6 +3,7 @@
 use super::tier::{self, Fragments, Load, Shape};
 use super::{Extras, Input, Matmul, MatmulDesc, Operand, Output, Target, Tier, Values};
 use crate::engine::buffer::{Chunk, DType, Rows, STATE_WORDS};
+use crate::engine::gpu::Gpu;
 use crate::engine::shader::{BF16_FRAGMENTS, Binding, Kernel, Source, shader};
 use crate::engine::{Engine, Stream};
 use crate::formats::{Block, Element, MxSpec, Rounding, ScaleFormat};
@@ -92,17 +93,24 @@ pub(super) fn record(
     extras: Extras<'_>,
 ) -> Result<()> {
     let desc = &matmul.desc;
-    let MatmulDesc { m, n, k, batch, .. } = *desc;
+    let MatmulDesc { m, n, k, .. } = *desc;
     let ctx = stream.context().clone();
     let Engine::Gpu(gpu) = ctx.engine() else { return Ok(()) };
-    let b_stack = desc.experts.unwrap_or(batch);
-    if m * batch == 0 || n == 0 {
+    let [a_stack, b_stack, y_stack] = desc.stacks();
+    if m * y_stack == 0 || n == 0 {
         return Ok(());
     }
     // The other kernels read a first block, which an empty contraction does not have.
     let tier = if k == 0 { Tier::Alu } else { matmul.tier };
-    let shape = tier::shape(gpu, desc, tier);
-    let variant = Variant::new(desc, tier, shape);
+    let sides = [side("A", a, desc.a.transposed)?, side("B", b, desc.b.transposed)?];
+    let bound_at_once = sides.iter().all(|side| side.pieces.len() <= 1)
+        && match &y {
+            Target::Dense(t) => t.data.chunks().count() <= 1,
+            Target::Mx(t) => t.codes.chunks().count() <= 1,
+        };
+    let slice = matmul.slice.filter(|_| bound_at_once);
+    let shape = tier::shape(gpu, desc, tier, slice.is_some());
+    let variant = Variant::new(desc, tier, shape, slice.is_some());
     let storage = variant.bindings().len() - 1;
     let limit = gpu.device.limits().max_storage_buffers_per_shader_stage as usize;
     if storage > limit {
@@ -112,7 +120,6 @@ pub(super) fn record(
             has: format!("the device has {limit}"),
         });
     }
-    let sides = [side("A", a, desc.a.transposed)?, side("B", b, desc.b.transposed)?];
     let mut ys: Vec<Piece<'_>> = Vec::new();
     let (y_pitch, y_cols, y_blocks) = match &y {
         Target::Dense(t) => {
@@ -148,7 +155,7 @@ pub(super) fn record(
     for data in extras.bias.map(|t| &t.data).into_iter().chain(extras.groups.map(|g| &g.data)) {
         more.extend(data.chunks().map(|chunk| chunk.buffer));
     }
-    let whole = sides.iter().all(|side| side.pieces.len() <= 1) && ys.len() <= 1;
+    let whole = bound_at_once;
     if !whole && desc.experts.is_some() {
         return Err(Error::TooLarge {
             what: format!(
@@ -158,20 +165,25 @@ pub(super) fn record(
             limit: gpu.max_binding,
         });
     }
+    if let (Some(slice), [yp]) = (slice, &ys[..]) {
+        return record_sliced(matmul, stream, gpu, (slice, &variant), &sides, &yp.buffers, extras);
+    }
     // All batches in one dispatch where everything can be bound at once, one at a time else.
-    let (rounds, batches) = if whole { (1, batch) } else { (batch, 1) };
+    let (rounds, batches) = if whole { (1, y_stack) } else { (y_stack, 1) };
     for round in 0..rounds {
         let rows = round * m..(round + batches) * m;
         let range = |transposed: bool, each: usize, stack: usize| match transposed {
             true => 0..each,
             false => round * each..(round + if whole { stack } else { 1 }) * each,
         };
-        for ap in sides[0].within(range(desc.a.transposed, m, batch)) {
+        for ap in sides[0].within(range(desc.a.transposed, m, a_stack)) {
             for bp in sides[1].within(range(desc.b.transposed, n, b_stack)) {
                 for yp in &ys {
                     // The rows of y that this piece of A makes.
-                    let a_rows =
-                        if desc.a.transposed { rows.clone() } else { ap.first..ap.first + ap.len };
+                    let a_rows = match desc.a.transposed || desc.group_k {
+                        true => rows.clone(),
+                        false => ap.first..ap.first + ap.len,
+                    };
                     let first = a_rows.start.max(yp.first);
                     let end = a_rows.end.min(yp.first + yp.len);
                     if first >= end {
@@ -196,6 +208,7 @@ pub(super) fn record(
                         y_pitch,
                         y_cols,
                         y_blocks,
+                        slice: 0,
                     };
                     let (params, groups) = place.params(desc, tier, shape, &sides, extras);
                     let mut buffers = ap.buffers.clone();
@@ -219,6 +232,49 @@ pub(super) fn record(
     }
 }
 
+/// The same with k in slices: their sums, and then what adds them.
+fn record_sliced(
+    matmul: &Matmul,
+    stream: &mut Stream<'_>,
+    gpu: &Gpu,
+    (slice, product): (usize, &Variant),
+    sides: &[Side<'_>; 2],
+    y: &[&wgpu::Buffer],
+    extras: Extras<'_>,
+) -> Result<()> {
+    let desc = &matmul.desc;
+    let (slices, pitch) = (desc.k.div_ceil(slice), desc.n.next_multiple_of(4));
+    let sums = gpu.scratch((slices * desc.m * pitch * 4) as u64)?;
+    let place = Place {
+        m: desc.m,
+        n: desc.n,
+        batches: slices,
+        a: [0; 3],
+        b: [0; 3],
+        y_row: 0,
+        y_global: 0,
+        y_col: 0,
+        y_pitch: pitch,
+        y_cols: desc.n,
+        y_blocks: 0,
+        slice,
+    };
+    let inputs: Vec<_> = sides.iter().flat_map(|side| &side.pieces).map(|p| &p.buffers).collect();
+    let (params, groups) = place.params(desc, matmul.tier, product.shape, sides, extras);
+    let buffers: Vec<_> = inputs.iter().flat_map(|b| b.iter().copied()).chain([&sums]).collect();
+    stream.dispatch(&product.name(), || product.kernel(), &params, &buffers, groups)?;
+
+    let join = Variant::join(desc);
+    let place = Place { batches: 1, y_pitch: desc.n, ..place };
+    let (params, groups) = place.params(desc, matmul.tier, join.shape, sides, extras);
+    // Scales and states, without the codes.
+    let mut buffers = vec![&sums];
+    buffers.extend(inputs.iter().flat_map(|b| &b[1..]));
+    buffers.extend(y);
+    buffers.extend(extras.bias.iter().flat_map(|t| t.data.chunks()).map(|chunk| chunk.buffer));
+    stream.dispatch(&join.name(), || join.kernel(), &params, &buffers, groups)
+}
+
 /// Where a dispatch works.
 struct Place {
     m: usize,
@@ -233,6 +289,7 @@ struct Place {
     y_pitch: usize,
     y_cols: usize,
     y_blocks: usize,
+    slice: usize,
 }
 
 impl Place {
@@ -248,7 +305,7 @@ impl Place {
         let [bm, bn] = shape.outputs().map(|side| side as usize);
         let groups = extras.groups.map_or(0, |groups| groups.groups);
         // Every group may end within a tile.
-        let tiles_m = self.m.div_ceil(bm) + groups;
+        let tiles_m = self.m.div_ceil(bm) + if desc.group_k { 0 } else { groups };
         let tiles_n = self.n.div_ceil(bn);
         let (carry, tensor_scale, rounding) = match &desc.out {
             Output::Dense(_) => (0, 0, Rounding::NearestEven),
@@ -294,12 +351,15 @@ impl Place {
         params.extend([desc.alpha.to_bits(), desc.beta.to_bits(), desc.exponent(tier) as u32, 0]);
         params.extend([carry, tensor_scale, 0, 0]);
         params.extend(key);
-        params.extend([counter as u32, (counter >> 32) as u32, draws as u32, 0]);
+        params.extend([counter as u32, (counter >> 32) as u32, draws as u32, self.slice as u32]);
         (params, tiles_m as u64 * tiles_n as u64 * self.batches as u64)
     }
 }
 
 // ---- The shaders ---------------------------------------------------------------------------------------------------
+
+/// A quad for each of 256 invocations.
+const JOIN: Shape = Shape::Join { bm: 8, bn: 128 };
 
 /// Bands of this many tiles down are taken across before the next: neighbouring workgroups share operands in the cache.
 const RASTER: u32 = 8;
@@ -317,7 +377,16 @@ struct Variant {
     segments: u32,
     out: Out,
     bias: bool,
-    grouped: bool,
+    grouped: Grouped,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Grouped {
+    No,
+    Rows,
+    K,
+    /// Not grouped: k in slices.
+    Slices,
 }
 
 /// What rows of a dense output are whole multiples of.
@@ -343,12 +412,26 @@ impl Ends {
 
 #[derive(Clone, Copy, Debug)]
 enum Out {
-    Dense { dtype: DType, ends: Ends },
-    Mx { spec: MxSpec, stochastic: bool },
+    Dense {
+        dtype: DType,
+        ends: Ends,
+    },
+    Mx {
+        spec: MxSpec,
+        stochastic: bool,
+    },
+    /// As they are summed, in quads: for [`Shape::Join`].
+    Sums,
 }
 
 impl Variant {
-    fn new(desc: &MatmulDesc, tier: Tier, shape: Shape) -> Variant {
+    /// What adds the slices of a product.
+    fn join(desc: &MatmulDesc) -> Variant {
+        let product = Variant::new(desc, Tier::Alu, JOIN, false);
+        Variant { load: [Load::Words; 2], ..product }
+    }
+
+    fn new(desc: &MatmulDesc, tier: Tier, shape: Shape, sliced: bool) -> Variant {
         let vectors = matches!(shape, Shape::Tensor { .. } | Shape::Skinny { halves: true, .. });
         let load = |operand: &Operand, outputs| match vectors {
             true => tier::load(operand, desc.k, outputs),
@@ -363,18 +446,24 @@ impl Variant {
             b: desc.b,
             load: [load(&desc.a, desc.m), load(&desc.b, desc.n)],
             whole: [
-                tensor && desc.experts.is_none() && desc.m.is_multiple_of(bm),
+                tensor && (desc.experts.is_none() || desc.group_k) && desc.m.is_multiple_of(bm),
                 tensor && desc.n.is_multiple_of(bn),
             ],
             segments: if tier == Tier::Exact { tier::segments(desc) } else { 1 },
             out: match desc.out {
+                Output::Dense(_) if sliced => Out::Sums,
                 Output::Dense(dtype) => Out::Dense { dtype, ends: Ends::of(dtype, desc.n) },
                 Output::Mx(QuantizeDesc { spec, rounding, .. }) => {
                     Out::Mx { spec, stochastic: rounding != Rounding::NearestEven }
                 }
             },
-            bias: desc.bias,
-            grouped: desc.experts.is_some(),
+            bias: desc.bias && !sliced,
+            grouped: match (desc.experts, desc.group_k) {
+                (None, _) if sliced => Grouped::Slices,
+                (None, _) => Grouped::No,
+                (Some(_), false) => Grouped::Rows,
+                (Some(_), true) => Grouped::K,
+            },
         }
     }
 
@@ -397,6 +486,7 @@ impl Variant {
             Shape::Skinny { m, rn, halves } => {
                 format!("skinny{m}x{rn}{}", if halves { ".halves" } else { "" })
             }
+            Shape::Join { bm, bn } => format!("join{bm}x{bn}"),
             Shape::Tensor { subgroups: [sm, sn], fragments: [fm, fn_], slices, side, by } => {
                 format!("{by:?}{side}.{sm}x{sn}x{slices}.{fm}x{fn_}").to_lowercase()
             }
@@ -406,6 +496,7 @@ impl Variant {
             Out::Mx { spec, stochastic } => {
                 format!("{}{}", format_name(spec), if stochastic { "-stochastic" } else { "" })
             }
+            Out::Sums => "sums".into(),
         };
         format!(
             "matmul.{}.{shape}.{}.{}.{out}{}{}",
@@ -413,16 +504,27 @@ impl Variant {
             operand(self.a, self.load[0], self.whole[0]),
             operand(self.b, self.load[1], self.whole[1]),
             if self.bias { ".bias" } else { "" },
-            if self.grouped { ".grouped" } else { "" }
+            match self.grouped {
+                Grouped::No => "",
+                Grouped::Rows => ".grouped",
+                Grouped::K => ".grouped-k",
+                Grouped::Slices => ".sliced",
+            }
         )
     }
 
     /// The bindings after the parameters: names, types, and whether they are written.
     fn storage(&self) -> Vec<(String, &'static str, bool)> {
         let mut list = Vec::new();
+        let join = matches!(self.shape, Shape::Join { .. });
+        if join {
+            list.push(("sums".into(), "array<vec4<f32>>", false));
+        }
         for (name, operand, load) in [("a", self.a, self.load[0]), ("b", self.b, self.load[1])] {
-            let codes = if load == Load::Words { "array<u32>" } else { "array<vec4<u32>>" };
-            list.push((format!("{name}_codes"), codes, false));
+            if !join {
+                let codes = if load == Load::Words { "array<u32>" } else { "array<vec4<u32>>" };
+                list.push((format!("{name}_codes"), codes, false));
+            }
             if let Values::Mx(_) = operand.values {
                 list.push((format!("{name}_scales"), "array<u32>", false));
                 list.push((format!("{name}_state"), "array<u32>", false));
@@ -443,11 +545,12 @@ impl Variant {
                 list.push(("scales".into(), "array<atomic<u32>>", true));
                 list.push(("state".into(), "array<atomic<u32>>", true));
             }
+            Out::Sums => list.push(("y".into(), "array<vec4<f32>>", true)),
         }
         if self.bias {
             list.push(("bias".into(), "array<u32>", false));
         }
-        if self.grouped {
+        if matches!(self.grouped, Grouped::Rows | Grouped::K) {
             list.push(("groups".into(), "array<atomic<u32>>", true));
         }
         list
@@ -478,13 +581,14 @@ impl Variant {
                 Out::Mx { spec, .. } if spec.block.lines() > 1 => 32,
                 _ => 16,
             },
-            Shape::Skinny { m, .. } => m,
+            Shape::Skinny { m, .. } | Shape::Join { bm: m, .. } => m,
             Shape::Tensor { subgroups, side, .. } => subgroups[0] * side,
         }
     }
 
     fn kernel(&self) -> Kernel {
         let tensor = matches!(self.shape, Shape::Tensor { .. });
+        let join = matches!(self.shape, Shape::Join { .. });
         let bf16 =
             [self.a, self.b].iter().all(|o| o.values == Values::Dense(DType::BF16)) && tensor;
         let mut source = Source::new();
@@ -527,6 +631,7 @@ impl Variant {
                 .constant("TN", tn)
                 .constant("UNITS", ((bm + bn) * self.stage() / 8).div_ceil(WORKGROUP))
                 .constant("STRIP_ROWS", self.strip_rows()),
+            Shape::Join { bm, bn } => source.constant("BM", bm).constant("BN", bn),
             Shape::Skinny { m, rn, .. } => source
                 .constant("M", m)
                 .constant("RN", rn)
@@ -548,16 +653,22 @@ impl Variant {
             }
             _ => false,
         };
+        // The same order of positions in both loaders.
+        let bytes =
+            |operand: Operand| matches!(operand.values, Values::Mx(spec) if tier::fp8(spec));
+        let alike = same(self.a, self.b) || bytes(self.a) && bytes(self.b);
         source = source
             .constant("SEGMENTS", self.segments)
             .constant("STAGE", self.stage())
             .flag("NIBBLES", same(self.a, self.b))
-            .flag("PAIRS", same(self.a, self.b) && self.load == [Load::Vectors; 2])
+            .flag("PAIRS", alike && self.load == [Load::Vectors; 2])
             .flag("BF16", bf16)
             .flag("BIAS", self.bias)
-            .flag("GROUPED", self.grouped);
+            .flag("GROUPED", self.grouped != Grouped::No)
+            .flag("GROUPED_K", self.grouped == Grouped::K);
         source = match self.out {
             Out::Dense { dtype, .. } => type_constants(source, "Y_TYPE", dtype),
+            Out::Sums => type_constants(source, "Y_TYPE", DType::F32),
             Out::Mx { spec, .. } => {
                 type_constants(source.append(format_constants(spec)), "X_TYPE", DType::F32)
             }
@@ -587,6 +698,7 @@ impl Variant {
                     (Ends::Words, _) => shader!("lib/y_plain.wgsl"),
                     (Ends::Halves, _) => shader!("lib/y_atomic.wgsl"),
                 }),
+            Out::Sums => source.fragment(shader!("lib/float.wgsl")),
             Out::Mx { spec, stochastic } => codec(source, spec)
                 .fragment(if stochastic {
                     shader!("lib/round_stochastic.wgsl")
@@ -611,6 +723,8 @@ impl Variant {
         for (name, operand, load) in [('a', self.a, self.load[0]), ('b', self.b, self.load[1])] {
             let words = load == Load::Words;
             let fragments: &[&str] = match (operand.values, tensor, self.tier) {
+                (Values::Dense(_), ..) if join => &[shader!("lib/operand_dense.wgsl")],
+                (Values::Mx(_), ..) if join => &[shader!("lib/operand.wgsl")],
                 (Values::Dense(_), true, _) if load == Load::Columns => {
                     &[shader!("lib/operand_dense.wgsl"), shader!("lib/loader_columns.wgsl")]
                 }
@@ -632,10 +746,13 @@ impl Variant {
                     shader!("lib/operand_eight.wgsl"),
                     shader!("lib/loader_eight.wgsl"),
                 ],
-                (Values::Mx(_), true, _) => &[
+                (Values::Mx(spec), true, _) => &[
                     shader!("lib/operand.wgsl"),
                     shader!("lib/operand_halves.wgsl"),
-                    shader!("lib/loader_nibbles.wgsl"),
+                    match tier::fp8(spec) {
+                        true => shader!("lib/loader_bytes.wgsl"),
+                        false => shader!("lib/loader_nibbles.wgsl"),
+                    },
                 ],
                 (Values::Mx(_), false, Tier::Exact) if !words => &[shader!("lib/operand.wgsl")],
                 (Values::Mx(_), false, Tier::Exact) => &[
@@ -654,10 +771,15 @@ impl Variant {
             }
         }
         source = source
-            .fragment(if self.grouped {
-                shader!("lib/grouped.wgsl")
-            } else {
-                shader!("lib/ungrouped.wgsl")
+            .fragment(match self.grouped {
+                Grouped::No => shader!("lib/ungrouped.wgsl"),
+                Grouped::Rows => shader!("lib/grouped.wgsl"),
+                Grouped::K => shader!("lib/grouped_k.wgsl"),
+                Grouped::Slices => shader!("lib/sliced_k.wgsl"),
+            })
+            .fragment(match self.grouped {
+                Grouped::No | Grouped::Rows => shader!("lib/k_whole.wgsl"),
+                Grouped::K | Grouped::Slices => "",
             })
             .fragment(if self.bias {
                 shader!("lib/bias.wgsl")
@@ -669,6 +791,7 @@ impl Variant {
                 Out::Dense { ends: Ends::Quads, .. } => shader!("lib/output_quads.wgsl"),
                 Out::Dense { .. } => shader!("lib/output_dense.wgsl"),
                 Out::Mx { .. } => shader!("lib/output_mx.wgsl"),
+                Out::Sums => shader!("lib/output_sums.wgsl"),
             });
         source = match (self.shape, self.tier) {
             (Shape::Tile { .. }, Tier::Exact) => {
@@ -677,6 +800,7 @@ impl Variant {
             (Shape::Tile { .. }, _) => {
                 source.fragment(shader!("lib/dots_alu.wgsl")).fragment(shader!("matmul.wgsl"))
             }
+            (Shape::Join { .. }, _) => source.fragment(shader!("matmul_join.wgsl")),
             (Shape::Skinny { halves, .. }, Tier::Exact) => source
                 .fragment(if halves {
                     shader!("lib/terms_halves.wgsl")
@@ -798,8 +922,8 @@ pub fn kernels() -> Vec<Kernel> {
         let plain = |a: Values, b: Values| Variant {
             tier,
             shape,
-            a: Operand { values: a, transposed: false },
-            b: Operand { values: b, transposed: false },
+            a: a.into(),
+            b: b.into(),
             load: [a, b].map(reads),
             whole: [false; 2],
             segments: match (
@@ -811,7 +935,7 @@ pub fn kernels() -> Vec<Kernel> {
             },
             out: Out::Dense { dtype: DType::F32, ends: Ends::Quads },
             bias: false,
-            grouped: false,
+            grouped: Grouped::No,
         };
         let mxfp4 = values[0];
         for a in values.iter().copied().filter(|v| takes(*v)) {
@@ -845,18 +969,37 @@ pub fn kernels() -> Vec<Kernel> {
         if matches!(shape, Shape::Tensor { by: Fragments::Spirv | Fragments::Emulated, .. }) {
             let bf16 = plain(Values::Dense(DType::BF16), Values::Dense(DType::BF16));
             let transposed = Operand { transposed: true, ..bf16.a };
-            variants.push(Variant { b: transposed, load: [Load::Vectors, Load::Columns], ..bf16 });
-            variants.push(Variant {
-                a: transposed,
-                b: transposed,
-                load: [Load::Columns; 2],
-                ..bf16
-            });
-            variants.push(Variant { load: [Load::Words; 2], ..bf16 });
-            variants.push(bf16);
+            let mixed = Variant { b: transposed, load: [Load::Vectors, Load::Columns], ..bf16 };
+            let columns = Variant { a: transposed, load: [Load::Columns; 2], ..mixed };
+            let words = Variant { load: [Load::Words; 2], ..bf16 };
+            for variant in [bf16, mixed, columns, words] {
+                variants.push(variant);
+                variants.push(Variant { grouped: Grouped::K, ..variant });
+                let (out, grouped) = (Out::Sums, Grouped::Slices);
+                variants.push(Variant { out, grouped, ..variant });
+            }
         }
-        for (bias, grouped) in [(true, false), (false, true), (true, true)] {
+        for (bias, grouped) in [(true, Grouped::No), (false, Grouped::Rows), (true, Grouped::Rows)]
+        {
             variants.push(Variant { bias, grouped, ..plain(mxfp4, mxfp4) });
+        }
+        // The kernels for few rows take neither groups nor slices of k.
+        if !matches!(shape, Shape::Skinny { .. }) {
+            for x in values.iter().copied().filter(|v| takes(*v)) {
+                if tier != Tier::Exact && !matches!(shape, Shape::Tensor { slices: 2.., .. }) {
+                    let sums = Variant { out: Out::Sums, grouped: Grouped::Slices, ..plain(x, x) };
+                    variants.push(sums);
+                    variants.push(Variant { load: [Load::Words; 2], ..sums });
+                }
+                let mut variant = Variant { grouped: Grouped::K, ..plain(x, x) };
+                variants.push(variant);
+                variants.push(Variant { load: [Load::Words; 2], ..variant });
+                if let Values::Dense(_) = x {
+                    (variant.a.transposed, variant.b.transposed) = (true, true);
+                    variant.load = [if tensor { Load::Columns } else { Load::Words }; 2];
+                    variants.push(variant);
+                }
+            }
         }
         for dtype in DType::ALL {
             for n in [4, 2, 1] {
@@ -881,6 +1024,17 @@ pub fn kernels() -> Vec<Kernel> {
                     let out = Out::Mx { spec, stochastic };
                     variants.push(Variant { out, shape, ..plain(mxfp4, mxfp4) });
                 }
+            }
+        }
+    }
+    for [a, b] in values.iter().flat_map(|v| [[*v, *v], [values[0], *v], [*v, values[0]]]) {
+        for (dtype, n) in
+            DType::ALL.into_iter().flat_map(|dtype| [(dtype, 4), (dtype, 2), (dtype, 1)])
+        {
+            for bias in [false, true] {
+                let (a, b) = (a.into(), b.into());
+                let desc = MatmulDesc { n, a, b, out: dtype.into(), bias, ..Default::default() };
+                variants.push(Variant::join(&desc));
             }
         }
     }

@@ -4,7 +4,7 @@ use super::{MatmulDesc, Operand, Output, Tier, Values};
 use crate::engine::buffer::DType;
 use crate::engine::gpu::Gpu;
 use crate::engine::{Context, Engine};
-use crate::formats::Element;
+use crate::formats::{Element, MxSpec};
 use crate::kernels::NVIDIA;
 use crate::{Error, Result};
 
@@ -29,6 +29,8 @@ pub(super) enum Shape {
     Tile { bm: u32, bn: u32, tm: u32, tn: u32 },
     /// `shaders/matmul_skinny.wgsl`: `m` rows of A, `rn` lines of B; by f16 where that is exact.
     Skinny { m: u32, rn: u32, halves: bool },
+    /// `shaders/matmul_join.wgsl`: `bm × bn` outputs.
+    Join { bm: u32, bn: u32 },
     /// `shaders/matmul_tensor.wgsl`: subgroups and fragments down and across, and slices of k.
     Tensor { subgroups: [u32; 2], fragments: [u32; 2], slices: u32, side: u32, by: Fragments },
 }
@@ -37,7 +39,7 @@ impl Shape {
     /// Rows and columns of outputs.
     pub(super) fn outputs(self) -> [u32; 2] {
         match self {
-            Shape::Tile { bm, bn, .. } => [bm, bn],
+            Shape::Tile { bm, bn, .. } | Shape::Join { bm, bn } => [bm, bn],
             Shape::Skinny { m, rn, .. } => [m, rn],
             Shape::Tensor { subgroups, fragments, side, .. } => {
                 [subgroups[0] * fragments[0] * side, subgroups[1] * fragments[1] * side]
@@ -181,12 +183,51 @@ pub(super) fn is_bf16(desc: &MatmulDesc) -> bool {
     [desc.a, desc.b].iter().all(|operand| operand.values == Values::Dense(DType::BF16))
 }
 
+/// From so many tiles on, k is not cut.
+const WHOLE: usize = 200;
+/// Of an H100 or H200: wgpu does not tell how many a device has.
+const MULTIPROCESSORS: usize = 132;
+/// Positions of a slice at least: adding a slice moves eight bytes an output, which takes about as long as multiplying some
+/// hundred positions.
+const SHORTEST: usize = 1024;
+
+/// How k is cut where outputs are few and k is long, as in gradients of weights: positions of a slice, a multiple of 128. On
+/// NVIDIA's discrete devices (and with the emulation, for tests), if there is at most one tile a multiprocessor. Then there
+/// are at least two workgroups for each, and up to twice as many slices if their last round is fuller: a round of 132 takes
+/// 1 / slices of the time of whole tiles. Not in the exact tier, whose additions have an order.
+pub(super) fn slice(ctx: &Context, desc: &MatmulDesc, tier: Tier) -> Option<usize> {
+    let Engine::Gpu(gpu) = ctx.engine() else { return None };
+    let large = gpu.caps.vendor == NVIDIA && gpu.discrete || gpu.emulate_tensor;
+    let one = desc.batch == 1 && desc.experts.is_none() && matches!(desc.out, Output::Dense(_));
+    if !large || !one || tier == Tier::Exact || desc.m <= SKINNY {
+        return None;
+    }
+    let side = if tier == Tier::Tensor { 128 } else { 64 };
+    let tiles = desc.m.div_ceil(side) * desc.n.div_ceil(side);
+    // From 200 on a tile is best left whole.
+    if tiles == 0 || tiles >= WHOLE {
+        return None;
+    }
+    // Their sums are bound at once.
+    let sums = (desc.m * desc.n.next_multiple_of(4) * 4) as u64;
+    let most = (desc.k / SHORTEST).min((gpu.max_binding / sums) as usize);
+    let slices = slices(tiles, most);
+    (slices > 1).then(|| desc.k.div_ceil(slices).next_multiple_of(128))
+}
+
+/// How many slices, by the rule above; at most so many.
+fn slices(tiles: usize, most: usize) -> usize {
+    let least = (2 * MULTIPROCESSORS).div_ceil(tiles).min(most).max(1);
+    let time = |slices: &usize| 1000 * (tiles * slices).div_ceil(MULTIPROCESSORS) / slices;
+    (least..=(2 * least).min(most)).min_by_key(time).unwrap_or(1)
+}
+
 /// The tile for a problem: what was measured best, by size; see benches/results.
-pub(super) fn shape(gpu: &Gpu, desc: &MatmulDesc, tier: Tier) -> Shape {
+pub(super) fn shape(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool) -> Shape {
     let rows = match desc.experts {
         // Rows of an expert, about.
-        Some(experts) => desc.m.div_ceil(experts),
-        None => desc.m,
+        Some(experts) if !desc.group_k => desc.m.div_ceil(experts),
+        _ => desc.m,
     };
     let square = match desc.out {
         Output::Mx(out) => Some(out.spec.block.lines() > 1),
@@ -200,9 +241,9 @@ pub(super) fn shape(gpu: &Gpu, desc: &MatmulDesc, tier: Tier) -> Shape {
             (Fragments::Wgsl, _) if side == 8 => ([2, 2], [4, 4], 1),
             (Fragments::Wgsl, _) => ([2, 2], [2, 2], 1),
             (_, 0..=SKINNY) if square.is_none() => ([1, 2], [1, 2], 4),
-            _ if square.is_some() => ([2, 2], [4, 4], 1),
+            _ if square.is_some() || sliced => ([2, 2], [4, 4], 1),
             // As many subgroups as keep a large device busy, from k where there are few tiles.
-            _ if tiles >= 200 => ([2, 2], [4, 4], 1),
+            _ if tiles >= WHOLE => ([2, 2], [4, 4], 1),
             _ if tiles >= 100 => ([2, 2], [4, 4], 2),
             _ => ([2, 2], [2, 2], 2),
         };
@@ -249,10 +290,16 @@ fn halves(gpu: &Gpu, desc: &MatmulDesc) -> bool {
 pub(super) enum Load {
     /// Word by word: any layout.
     Words,
-    /// 16 bytes at a time along lines of whole 128 positions: E2M1 under scales of at least 32, or dense of 16 bits.
+    /// 16 bytes at a time along lines of whole 128 positions: E2M1 and FP8 under E8M0 scales of at least 32, or dense of 16
+    /// bits.
     Vectors,
     /// 16 bytes at a time across the lines, whole 128 of them, of a transposed dense operand of 16 bits.
     Columns,
+}
+
+/// Elements of eight bits that are floats.
+pub(super) fn fp8(spec: MxSpec) -> bool {
+    matches!(spec.element, Element::E4M3 | Element::E5M2)
 }
 
 /// How the tensor kernel, and the skinny one in f16, read an operand of `outputs` lines.
@@ -262,6 +309,7 @@ pub(super) fn load(operand: &Operand, k: usize, outputs: usize) -> Load {
     }
     match (operand.values, operand.transposed) {
         (Values::Mx(_), _) if wide(operand, k) => Load::Vectors,
+        (Values::Mx(spec), false) if fp8(spec) && spec.block.len() >= 32 => Load::Vectors,
         (Values::Dense(DType::F16 | DType::BF16), false) => Load::Vectors,
         (Values::Dense(DType::F16 | DType::BF16), true) if outputs.is_multiple_of(8) => {
             Load::Columns
@@ -281,4 +329,23 @@ pub(super) fn wide(operand: &Operand, k: usize) -> bool {
 pub(super) fn segments(desc: &MatmulDesc) -> u32 {
     let short = |values| matches!(values, Values::Mx(spec) if spec.block.len() < 32);
     if short(desc.a.values) || short(desc.b.values) { 2 } else { 1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_fill_the_multiprocessors() {
+        // The example of DESIGN.md; a k that is too short for more; tiles that fill a round.
+        assert_eq!(slices(75, 32), 7);
+        assert_eq!(slices(75, 3), 3);
+        assert_eq!(slices(75, 1), 1);
+        assert_eq!(slices(75, 0), 1);
+        assert_eq!(slices(132, 32), 2);
+        for tiles in 1..WHOLE {
+            let workgroups = tiles * slices(tiles, usize::MAX / 2);
+            assert!((2 * MULTIPROCESSORS..=8 * MULTIPROCESSORS).contains(&workgroups), "{tiles}");
+        }
+    }
 }

@@ -81,18 +81,23 @@ impl<'a> Rows<'a> {
                 nonfinite += 1;
                 continue;
             }
+            let mut drawn = [[0; 8]; 128 / 8];
+            if let Draws::Elements(bits) = self.draws {
+                let (row, b) = (number / self.blocks_per_row, number % self.blocks_per_row);
+                for (g, drawn) in drawn[..self.block / 8].chunks_mut(4).enumerate() {
+                    let first = b * self.block / 8 + 4 * g;
+                    let groups = bits.groups::<4>(std::array::from_fn(|i| (row, first + i)));
+                    drawn.copy_from_slice(&groups[..drawn.len()]);
+                }
+            }
             let mut buffer = [0u8; 128];
             // Sixteen at a time: a length that the compiler knows.
             for (j, (codes, x)) in buffer.chunks_exact_mut(16).zip(x.chunks_exact(16)).enumerate() {
                 let half = match self.draws {
                     Draws::Nearest => None,
-                    Draws::Elements(bits) => {
-                        let (row, b) = (number / self.blocks_per_row, number % self.blocks_per_row);
-                        let group = (b * self.block + 16 * j) / 8;
-                        let (low, high) = (bits.group(row, group), bits.group(row, group + 1));
-                        Some(std::array::from_fn::<u16, 16, _>(|k| {
-                            if k < 8 { low[k] } else { high[k - 8] }
-                        }))
+                    Draws::Elements(_) => {
+                        let drawn = [drawn[2 * j], drawn[2 * j + 1]];
+                        Some(std::array::from_fn::<u16, 16, _>(|k| drawn[k / 8][k % 8]))
                     }
                     Draws::Given(draws) => {
                         let draws = &draws[number * self.block + 16 * j..][..16];
