@@ -12,7 +12,7 @@ use common::{gaussian, narrowed, reference, to_f32, words};
 use libtest_mimic::{Failed, Trial};
 use microscaling::rng::{ROUNDS, threefry4x32};
 use microscaling::train::checkpoint::Checkpoint;
-use microscaling::train::linear::{Draws, LinearDesc, MxLinear};
+use microscaling::train::linear::{Draws, LinearDesc, MxLinear, Step};
 use microscaling::train::model::{Model, ModelDesc, Pass};
 use microscaling::train::recipe::{
     Cast, Dense, Form as Format, Linear, LossScale, MomentType, PRESETS, Recipe, Round, Scale,
@@ -59,7 +59,17 @@ fn main() {
 
 /// Small, with heads, tokens and columns in more than one block of 32 where that is cheap.
 fn small(layers: usize, mtp: usize) -> ModelDesc {
-    ModelDesc { vocabulary: 64, dim: 32, layers, heads: 2, ffn: 64, seq: 32, batch: 2, mtp }
+    ModelDesc {
+        vocabulary: 64,
+        dim: 32,
+        layers,
+        heads: 2,
+        ffn: 64,
+        seq: 32,
+        batch: 2,
+        mtp,
+        experts: None,
+    }
 }
 
 fn recipe(name: &str) -> Recipe {
@@ -120,6 +130,11 @@ fn set_weights(ctx: &Context, model: &mut Model) -> Result<Values, Failed> {
 }
 
 const DRAWS: Draws = Draws { seed: 3 << 33 | 9, step: 4 };
+
+/// No counts, no experts.
+fn plain() -> Step<'static> {
+    Step { draws: DRAWS, counters: None, groups: None }
+}
 
 /// What a pass over a batch gives.
 struct Outcome {
@@ -551,15 +566,16 @@ fn check_linear(
         y: x_type,
         dy: dy_type,
         dx: x_type,
+        experts: None,
     };
     let mut layer = MxLinear::new(ctx, &desc, linear, LAYER, false)?;
     let nan = |dtype, rows, cols| upload(dtype, rows, cols, &vec![f32::NAN; rows * cols]);
     let (mut y, mut dx, mut dw) = (nan(x_type, ROWS, N)?, nan(x_type, ROWS, K)?, nan(F32, N, K)?);
     let mut stream = ctx.stream();
     layer.prepare(&mut stream, &wt, DRAWS)?;
-    layer.forward(&mut stream, &xt, &wt, &mut y, DRAWS, None)?;
+    layer.forward(&mut stream, &xt, &wt, &mut y, plain())?;
     let kept = layer.keeps_x().then_some(&xt);
-    layer.backward(&mut stream, kept, &wt, &dyt, &mut dx, &mut dw, DRAWS, None)?;
+    layer.backward(&mut stream, kept, &wt, &dyt, &mut dx, &mut dw, plain())?;
     ctx.submit(stream)?;
 
     let Linear { forward, dgrad, wgrad } = linear;
@@ -930,6 +946,13 @@ fn generates() -> Result<(), Failed> {
     assert!(hot != text(10, 40) && hot.iter().all(|byte| *byte < 32));
     assert_eq!(block_on(trainer.generate(&text(3, 7), 40, 50.0))?, hot);
     assert_eq!(block_on(trainer.generate(b"", 2, 1.0))?.len(), 2);
+    // A transform along more tokens than a sequence has.
+    let mut long = recipe("mxfp4");
+    for cast in [&mut long.linear.wgrad.dy, &mut long.linear.wgrad.x] {
+        cast.hadamard = Some(128);
+    }
+    let other = Trainer::new(&ctx, &run_desc(long, desc.clone(), 40))?;
+    assert_eq!(block_on(other.generate(b"a", 1, 1.0))?.len(), 1);
 
     let batches = [repetitive_batch(&desc, 90), random_batch(&desc, 91)];
     let mut each = Vec::new();
@@ -1069,13 +1092,23 @@ fn mismatches() -> Result<(), Failed> {
     trainer.train(&batch, false)?;
     assert!(matches!(block_on(trainer.status()), Err(Error::Diverged { step: 1, .. })));
     // Backward without what it reads.
-    let desc = LinearDesc { rows: 32, n: 32, k: 32, x: F32, w: F32, y: F32, dy: F32, dx: F32 };
+    let desc = LinearDesc {
+        rows: 32,
+        n: 32,
+        k: 32,
+        x: F32,
+        w: F32,
+        y: F32,
+        dy: F32,
+        dx: F32,
+        experts: None,
+    };
     let mut layer = MxLinear::new(&ctx, &desc, &Linear::dense("f32"), 1, false)?;
     let x = ctx.zeros(F32, 32, 32)?;
     let (mut y, mut dw) = (ctx.zeros(F32, 32, 32)?, ctx.zeros(F32, 32, 32)?);
     let mut stream = ctx.stream();
     let error = layer
-        .backward(&mut stream, None, &x, &x, &mut y, &mut dw, DRAWS, None)
+        .backward(&mut stream, None, &x, &x, &mut y, &mut dw, plain())
         .unwrap_err()
         .to_string();
     assert!(error.contains("not kept"), "{error}");

@@ -460,7 +460,7 @@ fn train(
     let mut saved = Instant::now();
     let mut since = Instant::now();
     let mut from = trainer.step();
-    let save = |trainer: &mut Trainer| -> Result<()> {
+    let save = |trainer: &Trainer| -> Result<()> {
         let checkpoint = pollster::block_on(trainer.checkpoint())?;
         Ok(checkpoint.save_latest(directory)?)
     };
@@ -530,13 +530,13 @@ fn train(
                 )?;
             }
             if step == steps || saved.elapsed() >= setting.save_every {
-                save(&mut trainer)?;
+                save(&trainer)?;
                 saved = Instant::now();
             }
             (since, from) = (Instant::now(), step);
         }
         if stop && step < steps {
-            save(&mut trainer)?;
+            save(&trainer)?;
             bar.finish(&format!("stopped after step {step}, saved"));
             return Ok(End::Stopped);
         }

@@ -652,7 +652,13 @@ impl Model {
     }
 
     /// What a run keeps besides parameters: the routers' biases, `[1, experts]` f32 each, by name.
-    pub fn biases(&mut self) -> impl Iterator<Item = (String, &mut Tensor)> {
+    pub fn biases(&self) -> impl Iterator<Item = (String, &Tensor)> {
+        let routed = self.blocks.iter().chain(&self.extra).filter_map(|b| b.routed.as_ref());
+        routed.map(|r| (format!("{}.bias", self.params[r.router.0].name), &r.bias))
+    }
+
+    /// The same, to be written.
+    pub fn biases_mut(&mut self) -> impl Iterator<Item = (String, &mut Tensor)> {
         let params = &self.params;
         let routed =
             self.blocks.iter_mut().chain(&mut self.extra).filter_map(|b| b.routed.as_mut());

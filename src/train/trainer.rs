@@ -229,23 +229,23 @@ impl Trainer {
 
     /// Goes on with a text, `count` bytes, each drawn from the model's distribution at this temperature; at 0 the likeliest.
     /// Waits. In a model of as few sequences as there can be, with these weights.
-    pub async fn generate(
-        &mut self,
-        prompt: &[u8],
-        count: usize,
-        temperature: f64,
-    ) -> Result<Vec<u8>> {
+    pub async fn generate(&self, prompt: &[u8], count: usize, temperature: f64) -> Result<Vec<u8>> {
         let ModelDesc { seq, vocabulary, .. } = self.desc.model;
-        let batch = (1..=32).find(|batch| (batch * seq).is_multiple_of(32)).unwrap_or(32);
+        // Transforms along the tokens divide them.
+        let recipe = &self.desc.recipe;
+        let linears = recipe.layers.iter().map(|layer| &layer.linear).chain([&recipe.linear]);
+        let sizes = linears.filter_map(|linear| linear.wgrad.x.hadamard);
+        let unit = sizes.fold(32, |unit, size| unit.max(size as usize));
+        let batch = (1..unit).find(|batch| (batch * seq).is_multiple_of(unit)).unwrap_or(unit);
         let desc = ModelDesc { batch, mtp: 0, ..self.desc.model.clone() };
-        let mut model = Model::new(&self.ctx, &desc, &self.desc.recipe, self.desc.seed)?;
+        let mut model = Model::new(&self.ctx, &desc, recipe, self.desc.seed)?;
         for to in &mut model.params {
             if let Some(from) = self.model.params.iter().find(|from| from.name == to.name) {
                 to.value.data.write(&self.ctx, &self.ctx.read(&from.value).await?)?;
             }
         }
-        for ((_, to), (_, from)) in model.biases().zip(self.model.biases()) {
-            to.data.write(&self.ctx, &self.ctx.read(from).await?)?;
+        for (to, from) in model.biases_mut().zip(self.model.biases()) {
+            to.1.data.write(&self.ctx, &self.ctx.read(from.1).await?)?;
         }
         let draws = Draws { seed: self.desc.seed, step: self.step as u32 + 1 };
         let mut stream = self.ctx.stream();
@@ -280,7 +280,7 @@ impl Trainer {
     }
 
     /// Everything that the run needs to go on. Waits.
-    pub async fn checkpoint(&mut self) -> Result<Checkpoint> {
+    pub async fn checkpoint(&self) -> Result<Checkpoint> {
         let mut checkpoint = Checkpoint::default();
         for (key, value) in self.meta()? {
             checkpoint.meta.insert(key.into(), value);
@@ -337,7 +337,7 @@ impl Trainer {
                 p.state.write(&ctx, tensor.name, &bytes)?;
             }
         }
-        for (name, bias) in self.model.biases() {
+        for (name, bias) in self.model.biases_mut() {
             let bytes = checkpoint.take(&name, Dtype::F32, &bias.shape())?;
             bias.data.write(&ctx, &bytes)?;
         }
