@@ -205,6 +205,7 @@ step "self-test" cargo run --release --example info -- --selftest
 step "quantize" cargo run --release --example quantize
 step "matmul" cargo run --release --example matmul
 step "bench" cargo run --release --example bench -- --quick --device cpu
+step "train" cargo run --release --example train -- --device cpu --steps 40 --out "$scratch/train"
 
 echo
 summary="run.sh: ${#checked[@]} checks passed in $SECONDS s"
