@@ -2,7 +2,7 @@
 //!
 //! naga 30 writes the module; four instructions are then put right, each of them local and checked by its pattern:
 //! - cooperative matrices A and B loaded from memory typed f32 get the component type f16, which Vulkan allows whatever the
-//!   pointer's type is (SPV_KHR_cooperative_matrix), and naga does not; in a module with the line [`BF16_FRAGMENTS`] it is bfloat16
+//!   pointer's type is (SPV_KHR_cooperative_matrix), and naga does not; in a module with the line `BF16_FRAGMENTS` it is bfloat16
 //!   (SPV_KHR_bfloat16);
 //! - `unpack2x16float` followed by the conversion to f16, and the converse, become the bitcast that they are (naga types
 //!   `bitcast<vec2<f16>>` wrongly); exact either way;
