@@ -139,6 +139,8 @@ step "lints" cargo clippy --all-targets -- -D warnings
 step "lints without default features" cargo clippy --no-default-features --lib -- -D warnings
 step "documentation" env RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
 step "tests (${#drivers[@]} software drivers)" cargo test
+# Built as a program above, which the tests run; here its own.
+step "tests of the train example" cargo test --example train
 
 if [ ${#drivers[@]} -gt 0 ] && [ -n "$(layer)" ]; then
     # The layer comes without its manifest.
