@@ -110,8 +110,8 @@ enum Made {
     Cast(Tensor),
     /// Packed.
     Packed(DeviceMxTensor),
-    /// The conversion that the other product takes.
-    Shared(DType),
+    /// What the other product takes.
+    Shared(Values),
 }
 
 impl Made {
@@ -126,23 +126,29 @@ impl Made {
         })
     }
 
-    /// The same for wgrad, where `rows` is the operand of the other product.
+    /// The same for the second of two products, where `first` is the first one's. `same`: packed alike in both.
     fn beside(
         ctx: &Context,
-        rows: &Made,
+        first: &Made,
+        same: bool,
         cast: &Cast,
         from: DType,
         shape: [usize; 2],
+        axis: Axis,
     ) -> Result<Made> {
-        match (rows, cast.form()?) {
-            (Made::Cast(tensor), Form::Dense(to)) if to == tensor.dtype() => Ok(Made::Shared(to)),
-            _ => Made::new(ctx, cast, from, shape, Axis::Zero),
+        match (first, cast.form()?) {
+            (Made::Cast(tensor), Form::Dense(to)) if to == tensor.dtype() => {
+                Ok(Made::Shared(first.values()))
+            }
+            (Made::Packed(_), Form::Mx(_)) if same => Ok(Made::Shared(first.values())),
+            _ => Made::new(ctx, cast, from, shape, axis),
         }
     }
 
     fn values(&self) -> Values {
         match self {
-            Made::Shared(dtype) | Made::AsIs(dtype) => Values::Dense(*dtype),
+            Made::Shared(values) => *values,
+            Made::AsIs(dtype) => Values::Dense(*dtype),
             Made::Cast(tensor) => Values::Dense(tensor.dtype()),
             Made::Packed(tensor) => Values::Mx(tensor.layout().spec),
         }
@@ -150,8 +156,8 @@ impl Made {
 
     /// `across`: contracted over the dense tensor's rows.
     fn operand(&self, across: bool) -> Operand {
-        let dense = !matches!(self, Made::Packed(_));
-        Operand { values: self.values(), transposed: dense && across }
+        let values = self.values();
+        Operand { values, transposed: across && matches!(values, Values::Dense(_)) }
     }
 
     fn input<'a>(&'a self, as_is: &'a Tensor) -> Input<'a> {
@@ -162,10 +168,10 @@ impl Made {
         }
     }
 
-    /// Wgrad's, where `rows` is the operand of the other product.
-    fn input_beside<'a>(&'a self, rows: &'a Made, as_is: &'a Tensor) -> Input<'a> {
+    /// The second product's, where `first` is the first one's.
+    fn input_beside<'a>(&'a self, first: &'a Made, as_is: &'a Tensor) -> Input<'a> {
         match self {
-            Made::Shared(_) => rows.input(as_is),
+            Made::Shared(_) => first.input(as_is),
             made => made.input(as_is),
         }
     }
@@ -174,14 +180,6 @@ impl Made {
         match self {
             Made::Packed(tensor) => Some(tensor),
             _ => None,
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        match self {
-            Made::AsIs(_) | Made::Shared(_) => 0,
-            Made::Cast(tensor) => tensor.bytes(),
-            Made::Packed(tensor) => tensor.bytes(),
         }
     }
 }
@@ -249,10 +247,10 @@ impl MxLinear {
         }
         let (xs, ws, ys) = ([rows, k], [experts.unwrap_or(1) * n, k], [rows, n]);
         let x = Made::new(ctx, &recipe.forward.x, desc.x, xs, Axis::One)?;
-        let x_columns = Made::beside(ctx, &x, &recipe.wgrad.x, desc.x, xs)?;
+        let x_columns = Made::beside(ctx, &x, false, &recipe.wgrad.x, desc.x, xs, Axis::Zero)?;
         let w = Made::new(ctx, &recipe.forward.w, desc.w, ws, Axis::One)?;
         let dy = Made::new(ctx, &recipe.dgrad.dy, desc.dy, ys, Axis::One)?;
-        let dy_columns = Made::beside(ctx, &dy, &recipe.wgrad.dy, desc.dy, ys)?;
+        let dy_columns = Made::beside(ctx, &dy, false, &recipe.wgrad.dy, desc.dy, ys, Axis::Zero)?;
         // Experts' matrices lie one under the other: only squares can be read across.
         let across = if experts.is_some() { Axis::One } else { Axis::Zero };
         if let (Some(_), Form::Mx(spec)) = (experts, recipe.dgrad.w.form()?) {
@@ -262,7 +260,8 @@ impl MxLinear {
                 )));
             }
         }
-        let w_dgrad = Made::new(ctx, &recipe.dgrad.w, desc.w, ws, across)?;
+        let same = experts.is_some() && recipe.dgrad.w == recipe.forward.w;
+        let w_dgrad = Made::beside(ctx, &w, same, &recipe.dgrad.w, desc.w, ws, across)?;
         let gain = |cast: &Cast| {
             let hadamard = cast.hadamard.map(|size| Hadamard { size, signs: Signs::None });
             hadamard.map_or(1.0, Hadamard::gain)
@@ -375,12 +374,6 @@ impl MxLinear {
     /// Whether backward needs X itself.
     pub fn keeps_x(&self) -> bool {
         matches!(self.x_columns, Made::AsIs(_))
-    }
-
-    /// Bytes that are held for the layer besides weight, gradient and state.
-    pub fn bytes(&self) -> usize {
-        let all = [&self.x, &self.x_columns, &self.w, &self.dy, &self.dy_columns, &self.w_dgrad];
-        all.iter().map(|made| made.bytes()).sum()
     }
 
     /// Keeps copies of x and dy from now on, to be measured.
@@ -500,7 +493,13 @@ impl MxLinear {
             (draws, layer),
             counters,
         )?;
-        self.dgrad.record_with(stream, self.dy.input(dy), self.w_dgrad.input(w), dx, extras)?;
+        self.dgrad.record_with(
+            stream,
+            self.dy.input(dy),
+            self.w_dgrad.input_beside(&self.w, w),
+            dx,
+            extras,
+        )?;
         let x = match (&self.x_columns, x) {
             (Made::AsIs(_), None) => {
                 return Err(Error::Mismatch {
