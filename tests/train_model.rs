@@ -859,7 +859,7 @@ fn resumes(ctx: &Context, step: usize) -> Result<(), Failed> {
 /// Dense from the first step on is the recipe without a packed forward.
 fn late_forward(ctx: &Context, _: usize) -> Result<(), Failed> {
     let desc = small(1, 1);
-    let packed = recipe("mxfp4");
+    let packed = Recipe { oscillation: None, late_forward: 0.0, ..recipe("mxfp4") };
     let mut dense = packed.clone();
     dense.linear = dense.linear.dense_forward(Dense::Bf16);
     let late = Recipe { late_forward: 1.0, ..packed.clone() };
@@ -880,7 +880,7 @@ fn late_forward(ctx: &Context, _: usize) -> Result<(), Failed> {
 /// After a reset at this threshold weights that moved between two codes are what they are quantized to.
 fn oscillates(ctx: &Context, _: usize) -> Result<(), Failed> {
     let desc = small(1, 0);
-    let mut recipe = recipe("mxfp4");
+    let mut recipe = Recipe { late_forward: 0.0, ..recipe("mxfp4") };
     recipe.optimizer.lr = 3e-3;
     let mut ends = Vec::new();
     for oscillation in [None, Some(Reset { every: 4, threshold: 1.0 })] {

@@ -599,13 +599,15 @@ impl Recipe {
             }
         }
         layers.extend([keep("head"), keep("*.router")]);
+        // Weights in FP4: forward in bf16 for the last 18% of the steps (arXiv 2509.25149, appendix D), and ALTO's resets.
+        let fp4_weights = matches!(name, "mxfp4" | "mixed");
         Ok(Recipe {
             name: name.into(),
             activations: if name == "f32" { Dense::F32 } else { Dense::Bf16 },
             linear,
             layers,
-            late_forward: 0.0,
-            oscillation: None,
+            late_forward: if fp4_weights { 0.18 } else { 0.0 },
+            oscillation: fp4_weights.then(Reset::default),
             optimizer: Optimizer::default(),
             loss_scale: LossScale::default(),
         })
