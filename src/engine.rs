@@ -581,9 +581,9 @@ impl Stream<'_> {
             });
         };
         self.split.get_or_insert_with(std::time::Instant::now);
-        let next = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor {
-            label: Some("mx.stream"),
-        });
+        let next = gpu
+            .device
+            .create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("mx.stream") });
         let recorded = std::mem::replace(&mut **encoder, next);
         gpu.checked("submit", 0, || {
             gpu.queue.submit([recorded.finish()]);

@@ -63,10 +63,9 @@ fn main() {
     let native = std::env::var("MX_TEST_NATIVE").is_ok_and(|mode| mode == "require");
     assert!(!native || adapters.iter().any(nvidia), "MX_TEST_NATIVE=require, but no NVIDIA device");
     let mut trials = Vec::new();
-    for (suite, what, wanted) in [
-        (STANDINS, "software adapter", false),
-        (REAL, "NVIDIA device", true),
-    ] {
+    for (suite, what, wanted) in
+        [(STANDINS, "software adapter", false), (REAL, "NVIDIA device", true)]
+    {
         for (name, test) in suite {
             let fitting: Vec<_> = adapters
                 .iter()
@@ -112,8 +111,8 @@ fn standin(name: &str, cfgs: &[&str]) -> Result<Standin, Failed> {
     {
         let mut compiled = COMPILED.lock().unwrap_or_else(|e| e.into_inner());
         if !compiled.contains(&stem) {
-            let source = Path::new(env!("CARGO_MANIFEST_DIR"))
-                .join(format!("tests/standins/{name}.rs"));
+            let source =
+                Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/standins/{name}.rs"));
             let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
             let mut command = Command::new(rustc);
             command.args(["--crate-type", "cdylib", "--edition", "2024", "-O", "-o"]);
@@ -173,10 +172,7 @@ fn open(adapter: &wgpu::Adapter, cuda: &Path, cublaslt: &Path) -> Result<Context
 }
 
 /// Both stand-ins, the driver with the adapter's UUID, and the context on them.
-fn opened(
-    adapter: &wgpu::Adapter,
-    cfgs: &[&str],
-) -> Result<(Context, Standin, Standin), Failed> {
+fn opened(adapter: &wgpu::Adapter, cfgs: &[&str]) -> Result<(Context, Standin, Standin), Failed> {
     let (cuda, lt) = (standin("cuda", cfgs)?, standin("cublaslt", &[])?);
     identify(adapter, &cuda)?;
     let ctx = open(adapter, &cuda.path, &lt.path)?;
@@ -210,11 +206,7 @@ fn reason(report: &Report, route: &str) -> Result<String, Failed> {
 // ---- Products ------------------------------------------------------------------------------------------------------
 
 /// Random operands, [m, k] and [n, k].
-fn operands(
-    [m, n, k]: [usize; 3],
-    specs: [MxSpec; 2],
-    seed: u64,
-) -> Result<[MxTensor; 2], Failed> {
+fn operands([m, n, k]: [usize; 3], specs: [MxSpec; 2], seed: u64) -> Result<[MxTensor; 2], Failed> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut uniform = move || {
         state ^= state << 13;
@@ -281,7 +273,9 @@ fn check(got: &[f32], want: &[(f64, f64)], relative: f64) -> Result<f64, Failed>
         if error <= relative * abs + 1e-37 {
             worst = worst.max(error / abs.max(1e-37));
         } else {
-            return Err(format!("output {at}: {got}, expected {want} within {:e}", relative * abs).into());
+            return Err(
+                format!("output {at}: {got}, expected {want} within {:e}", relative * abs).into()
+            );
         }
     }
     Ok(worst)
@@ -317,7 +311,10 @@ fn falls_back(ctx: &Context, words: &[&str]) -> Result<(), Failed> {
 
 fn absent_libraries(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     let nowhere = Path::new("/nonexistent/libcuda.so.1");
-    falls_back(&open(adapter, nowhere, nowhere)?, &["/nonexistent/libcuda.so.1", "cublaslt-nvfp4"])?;
+    falls_back(
+        &open(adapter, nowhere, nowhere)?,
+        &["/nonexistent/libcuda.so.1", "cublaslt-nvfp4"],
+    )?;
     falls_back(&open(adapter, Path::new(""), nowhere)?, &["switched off"])?;
     // A file that is no library.
     let text = folder().join("not-a-library.so");
@@ -370,7 +367,10 @@ fn two_devices(adapter: &wgpu::Adapter) -> Result<(), Failed> {
 fn heuristic_decides(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     let (ctx, _cuda, lt) = opened(adapter, &[])?;
     lt.set(0, 0)?;
-    falls_back(&ctx, &["cublaslt-nvfp4: cublasLtMatmulAlgoGetHeuristic: CUBLAS_STATUS_NOT_SUPPORTED"])?;
+    falls_back(
+        &ctx,
+        &["cublaslt-nvfp4: cublasLtMatmulAlgoGetHeuristic: CUBLAS_STATUS_NOT_SUPPORTED"],
+    )?;
     // It is asked anew for another shape, in another context.
     let (ctx, _cuda, lt) = opened(adapter, &[])?;
     lt.set(0, 1)?;
@@ -384,7 +384,10 @@ fn heuristic_decides(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     assert!(auto.why().contains("only by name"), "{}", auto.why());
     // Formats and shapes that no route takes.
     for (desc, word) in [
-        (MatmulDesc { a: MXINT8.into(), ..desc(&operands, Tier::Native) }, "does not hold the elements"),
+        (
+            MatmulDesc { a: MXINT8.into(), ..desc(&operands, Tier::Native) },
+            "does not hold the elements",
+        ),
         (MatmulDesc { a: DType::F16.into(), ..desc(&operands, Tier::Native) }, "A is f16"),
         (MatmulDesc { batch: 2, ..desc(&operands, Tier::Native) }, "batched"),
         (MatmulDesc { k: 0, ..desc(&operands, Tier::Native) }, "k = 0"),
@@ -470,7 +473,10 @@ fn fp8(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     let formats = [
         [MXFP4; 2],
         [MXFP4, MXFP6_E2M3],
-        [MXFP4.with_block(microscaling::Block::Vector(16)), MXFP4.with_block(microscaling::Block::Square(32))],
+        [
+            MXFP4.with_block(microscaling::Block::Vector(16)),
+            MXFP4.with_block(microscaling::Block::Square(32)),
+        ],
     ];
     end_to_end(adapter, 1, "cublaslt-fp8", &formats)
 }
@@ -638,7 +644,10 @@ fn host_encoder(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     let mut encoder = device.create_command_encoder(&Default::default());
     {
         let mut stream = ctx.stream_onto(&mut encoder)?;
-        says(&named.record(&mut stream, &a, &b, &mut y).unwrap_err(), &["encoder of the caller's"])?;
+        says(
+            &named.record(&mut stream, &a, &b, &mut y).unwrap_err(),
+            &["encoder of the caller's"],
+        )?;
         auto.record(&mut stream, &a, &b, &mut y)?;
     }
     queue.submit([encoder.finish()]);
@@ -815,7 +824,11 @@ fn real_rate(adapter: &wgpu::Adapter) -> Result<(), Failed> {
                 }))?;
                 best = best.min(time.as_secs_f64() / 8.0);
             }
-            eprintln!("{side}³ {tier}: {:.3} ms, {:.0} TFLOP/s", best * 1e3, desc.flops() / best * 1e-12);
+            eprintln!(
+                "{side}³ {tier}: {:.3} ms, {:.0} TFLOP/s",
+                best * 1e3,
+                desc.flops() / best * 1e-12
+            );
         }
     }
     eprintln!("{:?}", report(&ctx)?.traffic);

@@ -33,10 +33,7 @@ pub fn gather(ctx: &Context, quick: bool, mut say: impl FnMut(String)) -> Result
         .map(|(name, specs)| product(ctx, name, *specs, &mut say))
         .collect::<Result<Vec<_>>>()?;
     let sides = if quick { &SIDES[..1] } else { &SIDES[..] };
-    let rates = sides
-        .iter()
-        .map(|side| rate(ctx, *side, &mut say))
-        .collect::<Result<Vec<_>>>()?;
+    let rates = sides.iter().map(|side| rate(ctx, *side, &mut say)).collect::<Result<Vec<_>>>()?;
     let after = pollster::block_on(ctx.native())?;
     let traffic = after.traffic;
     say(format!(

@@ -74,10 +74,7 @@ impl Registry {
                 Ok(route) => {
                     let runtime = route.runtime();
                     let known = registry.entries.iter().find(|entry: &&Arc<Entry>| {
-                        std::ptr::addr_eq(
-                            Arc::as_ptr(entry.route.runtime()),
-                            Arc::as_ptr(runtime),
-                        )
+                        std::ptr::addr_eq(Arc::as_ptr(entry.route.runtime()), Arc::as_ptr(runtime))
                     });
                     let share = match known {
                         Some(entry) => Arc::clone(&entry.share),
@@ -229,7 +226,8 @@ fn open_all(gpu: &Gpu) -> Vec<Result<Arc<dyn NativeRoute>, (&'static str, String
     match crate::engine::vulkan::uuid(&gpu.device) {
         Some(uuid) => all.extend(super::cuda::open(&gpu.libraries, uuid)),
         None => {
-            let reason = format!("the backend is {}, devices are matched by Vulkan", gpu.caps.backend);
+            let reason =
+                format!("the backend is {}, devices are matched by Vulkan", gpu.caps.backend);
             all.push(Err(("cuda", reason)));
         }
     }

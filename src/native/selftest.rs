@@ -75,7 +75,12 @@ fn product(
         ..Default::default()
     };
     let cpu = Context::cpu();
-    let want = multiply(&cpu, &Matmul::new(&cpu, &MatmulDesc { tier: Tier::Auto, ..desc }).map_err(say)?, operands, false)?;
+    let want = multiply(
+        &cpu,
+        &Matmul::new(&cpu, &MatmulDesc { tier: Tier::Auto, ..desc }).map_err(say)?,
+        operands,
+        false,
+    )?;
     let got = multiply(ctx, &Matmul::on_route(ctx, &desc, entry).map_err(say)?, operands, true)?;
     match (0..M * N).find(|at| got[*at] != want[*at]) {
         None => Ok(got),

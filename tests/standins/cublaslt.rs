@@ -70,7 +70,11 @@ pub unsafe extern "C" fn cublasLtCreate(handle: *mut *mut c_void) -> Status {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cublasLtMatmulDescCreate(desc: *mut *mut Desc, compute: c_uint, scale: c_uint) -> Status {
+pub unsafe extern "C" fn cublasLtMatmulDescCreate(
+    desc: *mut *mut Desc,
+    compute: c_uint,
+    scale: c_uint,
+) -> Status {
     log(format!("desc compute {compute} scale {scale}"));
     unsafe { *desc = Box::into_raw(Box::new(Desc { compute, ..Desc::default() })) };
     0
@@ -83,7 +87,12 @@ pub unsafe extern "C" fn cublasLtMatmulDescDestroy(desc: *mut Desc) -> Status {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cublasLtMatmulDescSetAttribute(desc: *mut Desc, attribute: c_uint, value: *const c_void, size: usize) -> Status {
+pub unsafe extern "C" fn cublasLtMatmulDescSetAttribute(
+    desc: *mut Desc,
+    attribute: c_uint,
+    value: *const c_void,
+    size: usize,
+) -> Status {
     log(format!("attribute {attribute} size {size}"));
     let desc = unsafe { &mut *desc };
     let word = || unsafe { value.cast::<i32>().read_unaligned() };
@@ -103,7 +112,13 @@ pub unsafe extern "C" fn cublasLtMatmulDescSetAttribute(desc: *mut Desc, attribu
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cublasLtMatrixLayoutCreate(layout: *mut *mut Layout, kind: c_uint, rows: u64, columns: u64, ld: i64) -> Status {
+pub unsafe extern "C" fn cublasLtMatrixLayoutCreate(
+    layout: *mut *mut Layout,
+    kind: c_uint,
+    rows: u64,
+    columns: u64,
+    ld: i64,
+) -> Status {
     log(format!("layout type {kind} {rows}x{columns} ld {ld}"));
     unsafe { *layout = Box::into_raw(Box::new(Layout { kind, rows, columns, ld })) };
     0
@@ -127,8 +142,15 @@ pub extern "C" fn cublasLtMatmulPreferenceDestroy(_: *mut c_void) -> Status {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cublasLtMatmulPreferenceSetAttribute(_: *mut c_void, attribute: c_uint, value: *const c_void, size: usize) -> Status {
-    log(format!("preference {attribute} size {size} value {}", unsafe { value.cast::<u64>().read_unaligned() }));
+pub unsafe extern "C" fn cublasLtMatmulPreferenceSetAttribute(
+    _: *mut c_void,
+    attribute: c_uint,
+    value: *const c_void,
+    size: usize,
+) -> Status {
+    log(format!("preference {attribute} size {size} value {}", unsafe {
+        value.cast::<u64>().read_unaligned()
+    }));
     if (attribute, size) == (1, 8) { 0 } else { 7 }
 }
 
@@ -137,7 +159,8 @@ fn known(desc: &Desc, a: &Layout, b: &Layout, d: &Layout) -> Option<u64> {
     let (k, n, m) = (a.rows, a.columns, b.columns);
     let shapes = b.rows == k && [d.rows, d.columns] == [n, m] && d.ld >= n as i64;
     // CUBLAS_COMPUTE_32F, T and N, sums in CUDA_R_32F.
-    if !shapes || desc.compute != 68 || desc.transposed != [1, 0] || d.kind != 0 || a.kind != b.kind {
+    if !shapes || desc.compute != 68 || desc.transposed != [1, 0] || d.kind != 0 || a.kind != b.kind
+    {
         return None;
     }
     // 16 bytes.
@@ -163,7 +186,18 @@ pub struct Choice {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cublasLtMatmulAlgoGetHeuristic(_: *mut c_void, desc: *const Desc, a: *const Layout, b: *const Layout, _: *const Layout, d: *const Layout, _: *mut c_void, wanted: c_int, out: *mut Choice, found: *mut c_int) -> Status {
+pub unsafe extern "C" fn cublasLtMatmulAlgoGetHeuristic(
+    _: *mut c_void,
+    desc: *const Desc,
+    a: *const Layout,
+    b: *const Layout,
+    _: *const Layout,
+    d: *const Layout,
+    _: *mut c_void,
+    wanted: c_int,
+    out: *mut Choice,
+    found: *mut c_int,
+) -> Status {
     let (desc, a, b, d) = unsafe { (&*desc, &*a, &*b, &*d) };
     let yes = known(desc, a, b, d).is_some_and(|bit| MODE.load(Ordering::SeqCst) & bit != 0);
     log(format!("heuristic {desc:?} {a:?} {b:?} {d:?}: {yes}"));
@@ -174,7 +208,13 @@ pub unsafe extern "C" fn cublasLtMatmulAlgoGetHeuristic(_: *mut c_void, desc: *c
     assert!(wanted >= 1);
     unsafe {
         *found = 1;
-        *out = Choice { algorithm: [a.kind as u64; 8], workspace: 0, state: 0, waves: 1.0, reserved: [0; 4] };
+        *out = Choice {
+            algorithm: [a.kind as u64; 8],
+            workspace: 0,
+            state: 0,
+            waves: 1.0,
+            reserved: [0; 4],
+        };
     }
     0
 }
@@ -228,7 +268,24 @@ unsafe fn values(layout: &Layout, at: *const u8, mode: i32, scales: u64) -> Vec<
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cublasLtMatmul(_: *mut c_void, desc: *const Desc, alpha: *const f32, a_at: *const u8, a: *const Layout, b_at: *const u8, b: *const Layout, beta: *const f32, c_at: *const f32, c: *const Layout, d_at: *mut f32, d: *const Layout, algorithm: *const u64, _: *mut c_void, _: usize, stream: *mut c_void) -> Status {
+pub unsafe extern "C" fn cublasLtMatmul(
+    _: *mut c_void,
+    desc: *const Desc,
+    alpha: *const f32,
+    a_at: *const u8,
+    a: *const Layout,
+    b_at: *const u8,
+    b: *const Layout,
+    beta: *const f32,
+    c_at: *const f32,
+    c: *const Layout,
+    d_at: *mut f32,
+    d: *const Layout,
+    algorithm: *const u64,
+    _: *mut c_void,
+    _: usize,
+    stream: *mut c_void,
+) -> Status {
     let (desc, a, b, d) = unsafe { (&*desc, &*a, &*b, &*d) };
     let (alpha, beta) = unsafe { (*alpha, *beta) };
     log(format!("matmul {desc:?} {a:?} {b:?} {d:?} alpha {alpha} beta {beta} stream {stream:?}"));

@@ -203,15 +203,28 @@ mod sharing {
     const _: () = assert!(size_of::<MemoryDesc>() == 104);
 
     unsafe extern "C" {
-        fn mmap(at: *mut c_void, len: usize, prot: c_int, flags: c_int, fd: c_int, offset: i64) -> *mut c_void;
+        fn mmap(
+            at: *mut c_void,
+            len: usize,
+            prot: c_int,
+            flags: c_int,
+            fd: c_int,
+            offset: i64,
+        ) -> *mut c_void;
         fn close(fd: c_int) -> c_int;
         fn lseek(fd: c_int, offset: i64, whence: c_int) -> i64;
     }
 
     #[unsafe(no_mangle)]
-    pub unsafe extern "C" fn cuImportExternalMemory(out: *mut *mut c_void, desc: *const MemoryDesc) -> Status {
+    pub unsafe extern "C" fn cuImportExternalMemory(
+        out: *mut *mut c_void,
+        desc: *const MemoryDesc,
+    ) -> Status {
         let MemoryDesc { kind, fd, size, flags, reserved, .. } = unsafe { desc.read() };
-        log(format!("cuImportExternalMemory kind {kind} size {size} flags {flags} reserved {}", reserved.iter().sum::<u32>()));
+        log(format!(
+            "cuImportExternalMemory kind {kind} size {size} flags {flags} reserved {}",
+            reserved.iter().sum::<u32>()
+        ));
         let status = IMPORT.load(Ordering::SeqCst);
         if status != 0 {
             return status;
@@ -248,9 +261,16 @@ mod sharing {
     }
 
     #[unsafe(no_mangle)]
-    pub unsafe extern "C" fn cuExternalMemoryGetMappedBuffer(address: *mut u64, memory: *mut c_void, desc: *const BufferDesc) -> Status {
+    pub unsafe extern "C" fn cuExternalMemoryGetMappedBuffer(
+        address: *mut u64,
+        memory: *mut c_void,
+        desc: *const BufferDesc,
+    ) -> Status {
         let BufferDesc { offset, size, flags, reserved } = unsafe { desc.read() };
-        log(format!("cuExternalMemoryGetMappedBuffer offset {offset} size {size} flags {flags} reserved {}", reserved.iter().sum::<u32>()));
+        log(format!(
+            "cuExternalMemoryGetMappedBuffer offset {offset} size {size} flags {flags} reserved {}",
+            reserved.iter().sum::<u32>()
+        ));
         unsafe { *address = memory as u64 };
         current()
     }
@@ -271,7 +291,10 @@ mod sharing {
     }
 
     #[unsafe(no_mangle)]
-    pub unsafe extern "C" fn cuImportExternalSemaphore(_: *mut *mut c_void, desc: *const SemaphoreDesc) -> Status {
+    pub unsafe extern "C" fn cuImportExternalSemaphore(
+        _: *mut *mut c_void,
+        desc: *const SemaphoreDesc,
+    ) -> Status {
         let SemaphoreDesc { kind, flags, .. } = unsafe { desc.read() };
         log(format!("cuImportExternalSemaphore kind {kind} flags {flags}"));
         // Not possible without the other driver's help.
@@ -279,12 +302,22 @@ mod sharing {
     }
 
     #[unsafe(no_mangle)]
-    pub extern "C" fn cuSignalExternalSemaphoresAsync(_: *const c_void, _: *const c_void, _: c_uint, _: *mut c_void) -> Status {
+    pub extern "C" fn cuSignalExternalSemaphoresAsync(
+        _: *const c_void,
+        _: *const c_void,
+        _: c_uint,
+        _: *mut c_void,
+    ) -> Status {
         801
     }
 
     #[unsafe(no_mangle)]
-    pub extern "C" fn cuWaitExternalSemaphoresAsync(_: *const c_void, _: *const c_void, _: c_uint, _: *mut c_void) -> Status {
+    pub extern "C" fn cuWaitExternalSemaphoresAsync(
+        _: *const c_void,
+        _: *const c_void,
+        _: c_uint,
+        _: *mut c_void,
+    ) -> Status {
         801
     }
 }
