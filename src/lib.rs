@@ -21,6 +21,7 @@ pub mod error;
 pub mod formats;
 pub mod interop;
 pub mod kernels;
+pub mod native;
 pub mod report;
 pub mod rng;
 pub mod selftest;
