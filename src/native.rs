@@ -20,6 +20,9 @@
 //!
 //! **Bounded**, as the tensor tier, with the accumulation that the route states ([`Accumulation`]).
 
+pub mod layout;
+pub mod rescale;
+
 use std::sync::Arc;
 
 use crate::formats::MxSpec;
