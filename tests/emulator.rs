@@ -178,7 +178,7 @@ impl Operand {
         let lines = tensor.scales().chunks_exact(layout.blocks());
         let anchors: Vec<u8> = lines.clone().map(|line| *line.iter().max().unwrap()).collect();
         let relative = |(line, anchor): (&[u8], &u8)| {
-            line.iter().map(|s| (127 + s - anchor)).collect::<Vec<_>>()
+            line.iter().map(|s| 127 - (anchor - s)).collect::<Vec<_>>()
         };
         Operand {
             lines: layout.lines(),
@@ -202,7 +202,7 @@ fn exact(a: &Operand, b: &Operand) -> Vec<u32> {
     let mut stream = ctx.stream();
     let (a, b) = (ctx.upload_mx(&a.tensor).unwrap(), ctx.upload_mx(&b.tensor).unwrap());
     matmul.record(&mut stream, &a, &b, &mut y).unwrap();
-    ctx.submit(stream);
+    ctx.submit(stream).unwrap();
     to_f32(DType::F32, &ctx.read_blocking(&y).unwrap()).iter().map(|x| x.to_bits()).collect()
 }
 
@@ -358,8 +358,11 @@ fn planted_errors_are_found() {
         ["scale_b[j], 2 * half);", "scale_b[j], 0);"],
         // The exchange of chunks on one side only.
         ["chunk_offset(line, chunk) + 4 * t", "line * LINE + 16 * chunk + 4 * t"],
-        // Lanes that read each other's words.
-        ["+ 4 * t);", "+ 4 * (t ^ 1));"],
+        // B's lanes read each other's words. (A's and B's together would be right: a sum in another order.)
+        [
+            "fb[j][0] = codes_of(sb, line, 2 * half, t);",
+            "fb[j][0] = codes_of(sb, line, 2 * half, t ^ 1);",
+        ],
         // No wait for copies; no wait for the other warps.
         ["copies_wait();\n", "\n"],
         ["barrier();\n", "\n"],

@@ -261,7 +261,7 @@ fn products_keep_their_value() {
     let mut stream = ctx.stream();
     let (a, b) = (ctx.upload_mx(&xn).unwrap(), ctx.upload_mx(&wn).unwrap());
     matmul.record(&mut stream, &a, &b, &mut y).unwrap();
-    ctx.submit(stream);
+    ctx.submit(stream).unwrap();
     let y = common::to_f32(DType::F32, &ctx.read_blocking(&y).unwrap());
     for i in 0..m {
         for j in 0..n {
