@@ -167,6 +167,22 @@ EOF
         env VK_LAYER_PATH="$scratch" MX_TEST_VALIDATION=require cargo test --test kernels -- digests_are
 fi
 
+# Compilers for GPUs that are not here, from PyPI; kept until the list of them changes.
+native_tools() {
+    local list=tests/codegen/requirements.txt
+    cmp -s "$list" "$tools/requirements.txt" && return
+    rm -rf "$tools"
+    python3 -m venv "$tools" && "$tools/bin/pip" install --quiet -r "$list" && cp "$list" "$tools/requirements.txt"
+}
+tools=$PWD/target/native-tools
+now="the installation of tests/codegen/requirements.txt"
+if command -v python3 >/dev/null && native_tools; then
+    step "code generated for native FP4" env MX_NATIVE_TOOLS="$tools" cargo test --test codegen
+else
+    skip "the code generated for native FP4 (python3 with venv, and PyPI)"
+    [ "$mode" != require ] || exit 1
+fi
+
 if command -v python3 >/dev/null; then
     step "README's tables are those of benches/results" python3 benches/table.py --check
 else
