@@ -1,6 +1,6 @@
 // matmul_join: y from the sums of a product whose k was cut into slices (lib/sliced_k.wgsl): added in ascending order, then
-// what any product does with its sum.
-// Layout:   sums: slices · m rows of n, padded to whole quads
+// what any product does with its sum. Also from the sums of a native route: one slice.
+// Layout:   sums: slices · m rows of p.sums quads
 // Numerics: bounded, each addition rounded to nearest; the rest as lib/finish.wgsl
 // Dispatch: tiles_m · tiles_n workgroups, spread over x and y; an invocation has a quad of y
 // Twin:     none: the CPU engine does not cut k
@@ -10,11 +10,10 @@ const STRIP_ROWS = BM;
 var<private> own_tile: vec2<u32>;
 
 fn strip_get4(i: u32) -> vec4<f32> {
-    let pitch = (p.n + 3u) / 4u;
-    var at = (own_tile.x + i / BN) * pitch + (own_tile.y + i % BN) / 4u;
+    var at = (own_tile.x + i / BN) * p.sums + (own_tile.y + i % BN) / 4u;
     var sum = sums[at];
     for (var k = p.slice; k < p.k; k += p.slice) {
-        at += p.m * pitch;
+        at += p.m * p.sums;
         sum += sums[at];
     }
     return sum;

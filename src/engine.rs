@@ -10,7 +10,7 @@ pub mod shader;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod spirv;
 #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
-mod vulkan;
+pub(crate) mod vulkan;
 
 use std::sync::Arc;
 
@@ -21,6 +21,7 @@ use shader::Kernel;
 
 use crate::formats::{Axis, Layout, MxSpec, MxTensor, ScaleFormat};
 use crate::kernels::anchors::anchors;
+use crate::kernels::native_pack;
 use crate::{Error, Result};
 
 /// Which device to open.
@@ -69,6 +70,8 @@ pub struct Options {
     pub emulate_tensor: bool,
     /// Ask for the graphics API's validation layers (slow; messages go to `log`).
     pub validation: bool,
+    /// Where the native routes' libraries are, if not where the system looks.
+    pub libraries: crate::native::Libraries,
 }
 
 /// An engine: a GPU or the CPU. Cheap to clone.
@@ -169,36 +172,30 @@ impl Context {
             ..Default::default()
         };
         #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
-        if descriptor.required_features.contains(
-            wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::PASSTHROUGH_SHADERS,
-        ) && vulkan::bf16_matrices(adapter)
         {
-            let (device, queue) = vulkan::open(adapter, &descriptor)?;
-            let mut gpu = Gpu::new(device, queue, adapter, true, options.emulate_tensor);
-            gpu.bf16_matrices = true;
-            return Ok(Context { engine: Arc::new(Engine::Gpu(Box::new(gpu))) });
+            let extras = vulkan::Extras::of(adapter, descriptor.required_features);
+            if extras != vulkan::Extras::default() {
+                let (device, queue) = vulkan::open(adapter, &descriptor, extras)?;
+                let mut gpu = Gpu::new(device, queue, adapter, true, options.emulate_tensor);
+                gpu.bf16_matrices = extras.bf16;
+                gpu.external_semaphores = extras.external_semaphores;
+                gpu.libraries = options.libraries.clone();
+                return Ok(Context { engine: Arc::new(Engine::Gpu(Box::new(gpu))) });
+            }
         }
         let (device, queue) = adapter
             .request_device(&descriptor)
             .await
             .map_err(|error| Error::Gpu(format!("opening {}: {error}", adapter.get_info().name)))?;
-        Ok(Context::gpu(device, queue, adapter, true, options.emulate_tensor))
+        let mut gpu = Gpu::new(device, queue, adapter, true, options.emulate_tensor);
+        gpu.libraries = options.libraries.clone();
+        Ok(Context { engine: Arc::new(Engine::Gpu(Box::new(gpu))) })
     }
 
     /// Works on the caller's device. Nothing is submitted or blocked on but by the functions that say so, and the
     /// device's callbacks stay the caller's. [`Caps::useful_features`] says what to open the device with.
     pub fn from_wgpu(device: wgpu::Device, queue: wgpu::Queue, adapter: &wgpu::Adapter) -> Context {
-        Context::gpu(device, queue, adapter, false, false)
-    }
-
-    fn gpu(
-        device: wgpu::Device,
-        queue: wgpu::Queue,
-        adapter: &wgpu::Adapter,
-        own: bool,
-        emulate_tensor: bool,
-    ) -> Context {
-        let gpu = Gpu::new(device, queue, adapter, own, emulate_tensor);
+        let gpu = Gpu::new(device, queue, adapter, false, false);
         Context { engine: Arc::new(Engine::Gpu(Box::new(gpu))) }
     }
 
@@ -344,6 +341,22 @@ impl Context {
         Ok(data)
     }
 
+    /// What native routes this context has, what became of them, and what they moved. Opens them if that has not happened.
+    /// Waits as [`Context::read`].
+    pub async fn native(&self) -> Result<crate::native::Report> {
+        #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
+        if let Engine::Gpu(gpu) = self.engine() {
+            let mut report = gpu.native().report();
+            for flags in gpu.native().flags() {
+                let bytes = self.read_buffer(&flags, 8).await?;
+                let count: u32 = bytemuck::pod_read_unaligned(&bytes[4..8]);
+                report.recomputed += u64::from(count);
+            }
+            return Ok(report);
+        }
+        Ok(crate::native::Report::default())
+    }
+
     async fn read_state(&self, tensor: &DeviceMxTensor) -> Result<[u32; 4]> {
         let bytes = tensor.state.read(self).await?;
         Ok(std::array::from_fn(|i| bytemuck::pod_read_unaligned(&bytes[4 * i..4 * i + 4])))
@@ -360,7 +373,15 @@ impl Context {
                 Target::Own(Box::new(encoder))
             }
         };
-        Stream { ctx: self.clone(), target, params: Vec::new(), profile: None, pass: None }
+        Stream {
+            ctx: self.clone(),
+            target,
+            params: Vec::new(),
+            profile: None,
+            pass: None,
+            gate: None,
+            split: None,
+        }
     }
 
     /// Records into the caller's encoder, of this context's device. What was recorded is complete when the stream is
@@ -378,6 +399,8 @@ impl Context {
                 params: Vec::new(),
                 profile: None,
                 pass: None,
+                gate: None,
+                split: None,
             }),
         }
     }
@@ -465,6 +488,22 @@ pub struct Stream<'a> {
     /// The pass that dispatches go to, one after another: a pass of its own costs the host more than the rest of a
     /// dispatch. Dropped before the encoder is used otherwise.
     pass: Option<wgpu::ComputePass<'static>>,
+    /// What the dispatches from here on depend on.
+    gate: Option<Gate>,
+    /// When a part of the recording was first submitted before its end.
+    split: Option<std::time::Instant>,
+}
+
+/// A condition that the device decides: whether word 0 of `flags` is set.
+#[derive(Clone, Debug)]
+pub(crate) struct Gate {
+    pub(crate) flags: wgpu::Buffer,
+    /// With usage INDIRECT.
+    pub(crate) arguments: wgpu::Buffer,
+    /// Run if it is set, or if it is not.
+    pub(crate) wanted: bool,
+    /// Whether the next dispatch that runs is counted in word 1 of `flags`.
+    pub(crate) count: bool,
 }
 
 /// Two timestamps a dispatch, and the kernels' names; dispatches beyond the set's size are not timed.
@@ -502,6 +541,42 @@ impl Stream<'_> {
 
     pub(crate) fn take_profile(&mut self) -> Option<Profile> {
         self.profile.take()
+    }
+
+    /// Dispatches from here on run under a condition, or (`None`) always.
+    pub(crate) fn set_gate(&mut self, gate: Option<Gate>) {
+        self.gate = gate;
+    }
+
+    /// Whether [`Stream::submit_so_far`] may be called.
+    pub(crate) fn may_split(&self) -> bool {
+        matches!(self.target, Target::Own(_))
+    }
+
+    /// When the first part was submitted, if not all of it is yet to be.
+    pub(crate) fn first_submission(&self) -> Option<std::time::Instant> {
+        self.split
+    }
+
+    /// Submits what was recorded and goes on recording. Not for an encoder of the caller's.
+    pub(crate) fn submit_so_far(&mut self) -> Result<()> {
+        self.flush();
+        let ctx = self.ctx.clone();
+        let (Engine::Gpu(gpu), Target::Own(encoder)) = (ctx.engine(), &mut self.target) else {
+            return Err(Error::Unsupported {
+                operation: "submitting a part of a recording".into(),
+                needs: "an encoder of the stream's own".into(),
+                has: "the stream records into the caller's, or for the CPU engine".into(),
+            });
+        };
+        self.split.get_or_insert_with(std::time::Instant::now);
+        let next = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor {
+            label: Some("mx.stream"),
+        });
+        let recorded = std::mem::replace(&mut **encoder, next);
+        gpu.checked("submit", 0, || {
+            gpu.queue.submit([recorded.finish()]);
+        })
     }
 
     /// The GPU that this stream records for, if any.
@@ -569,6 +644,12 @@ impl Stream<'_> {
                 limit: x * x,
             });
         }
+        let mut gate = self.gate.take();
+        if let Some(gate) = &gate {
+            let params = [u32::from(gate.wanted), x as u32, y as u32, u32::from(gate.count)];
+            let buffers = [&gate.flags, &gate.arguments];
+            self.dispatch(native_pack::GATE, native_pack::gate, &params, &buffers, 1)?;
+        }
         let pipeline = gpu.pipeline(name, kernel)?;
         let (arena, offset) = self.push_params(gpu, params)?;
         let mut entries = vec![wgpu::BindGroupEntry {
@@ -621,7 +702,14 @@ impl Stream<'_> {
         let Some(pass) = &mut self.pass else { return Ok(()) };
         pass.set_pipeline(&pipeline.pipeline);
         pass.set_bind_group(0, &bind_group, &[]);
-        pass.dispatch_workgroups(x as u32, y as u32, 1);
+        match &mut gate {
+            None => pass.dispatch_workgroups(x as u32, y as u32, 1),
+            Some(gate) => {
+                pass.dispatch_workgroups_indirect(&gate.arguments, 0);
+                gate.count = false;
+            }
+        }
+        self.gate = gate;
         Ok(())
     }
 

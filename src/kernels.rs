@@ -15,6 +15,7 @@ pub mod dequantize;
 pub mod embedding;
 pub mod gradient_norm;
 pub mod matmul;
+pub mod native_pack;
 pub mod outliers;
 pub mod peak;
 pub mod permute;
@@ -55,6 +56,7 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(copy::kernels());
     kernels.extend(peak::kernels());
     kernels.extend(matmul::kernels());
+    kernels.extend(native_pack::kernels());
     kernels.extend(permute::kernels());
     kernels.extend(router::kernels());
     kernels.extend(adamw::kernels());

@@ -20,12 +20,45 @@
 //!
 //! **Bounded**, as the tensor tier, with the accumulation that the route states ([`Accumulation`]).
 
+#[cfg(all(feature = "cuda", any(target_os = "linux", target_os = "windows")))]
+pub mod cuda;
+#[cfg(all(feature = "hip", any(target_os = "linux", target_os = "windows")))]
+pub mod hip;
 pub mod layout;
+#[cfg(all(
+    any(feature = "cuda", feature = "hip"),
+    any(target_os = "linux", target_os = "windows")
+))]
+pub(crate) mod load;
+#[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
+pub(crate) mod registry;
 pub mod rescale;
+#[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
+pub(crate) mod selftest;
+#[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
+pub(crate) mod share;
 
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::formats::MxSpec;
+
+/// Where the libraries are, if not where the system looks: a path that is tried alone. An empty path stands for none. What is
+/// not set here is read from the environment when a context is opened: `MICROSCALING_CUDA` and so on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Libraries {
+    /// The CUDA driver, `libcuda.so.1`.
+    pub cuda: Option<PathBuf>,
+    /// `libcublasLt.so.13` or `.12`: `MICROSCALING_CUBLASLT`.
+    pub cublaslt: Option<PathBuf>,
+    /// `libnvrtc.so.13` or `.12`: `MICROSCALING_NVRTC`.
+    pub nvrtc: Option<PathBuf>,
+    /// `libamdhip64.so`: `MICROSCALING_HIP`.
+    pub hip: Option<PathBuf>,
+    /// `libhipblaslt.so`: `MICROSCALING_HIPBLASLT`.
+    pub hipblaslt: Option<PathBuf>,
+}
 
 /// A product of packed operands, all contracted along their lines: A `[m, k]`, B `[n, k]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -40,6 +73,13 @@ pub struct Problem {
     pub a: MxSpec,
     /// B's.
     pub b: MxSpec,
+}
+
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Problem { m, n, k, a, b } = self;
+        write!(f, "{a} × {b}, {m}×{n}×{k}")
+    }
 }
 
 /// How a route takes an operand. Lines and k are padded with zeros.
@@ -168,6 +208,9 @@ pub trait NativeRoute: std::fmt::Debug + Send + Sync {
     /// A stable name, e.g. `cublaslt-nvfp4`.
     fn name(&self) -> &'static str;
 
+    /// The library's version, for reports.
+    fn describe(&self) -> Vec<(String, String)>;
+
     /// How it adds up.
     fn accumulation(&self) -> Accumulation;
 
@@ -195,9 +238,13 @@ pub struct Mapped {
     pub handle: u64,
 }
 
-/// A file descriptor that is handed over; -1 where there are none.
+/// A file descriptor that is handed over.
+#[cfg(unix)]
+pub type Fd = std::os::fd::OwnedFd;
+/// There are none: memory is not shared.
+#[cfg(not(unix))]
 #[derive(Debug)]
-pub struct Fd(pub i32);
+pub enum Fd {}
 
 /// A vendor's device with one queue: memory, and order. The device is the one that wgpu has open.
 pub trait Runtime: std::fmt::Debug + Send + Sync {
@@ -233,4 +280,56 @@ pub trait Runtime: std::fmt::Debug + Send + Sync {
 
     /// What went wrong in the queue since, without waiting.
     fn check(&self) -> Result<(), String>;
+}
+
+/// Bytes that native products of a context moved through the host, because memory could not be shared, and others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Products that ran.
+    pub products: u64,
+    /// Bytes from wgpu's device to the library's through the host.
+    pub to_library: u64,
+    /// Bytes back.
+    pub from_library: u64,
+    /// Bytes of operands and sums in memory that both see.
+    pub shared: u64,
+    /// Times that the host waited for a device, because no semaphore is shared.
+    pub host_waits: u64,
+}
+
+/// What became of a route on a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RouteState {
+    /// Open; the known-answer test has not run yet.
+    Untested,
+    /// The known-answer test passed, in this time.
+    Passed(Duration),
+    /// Not used, and why.
+    Disabled(String),
+}
+
+/// A route of a context, or why it is not there.
+#[derive(Clone, Debug)]
+pub struct RouteReport {
+    /// The route's name.
+    pub name: String,
+    /// What became of it.
+    pub state: RouteState,
+    /// How it adds up, if it is there.
+    pub accumulation: Option<Accumulation>,
+    /// Versions and device.
+    pub details: Vec<(String, String)>,
+}
+
+/// What [`crate::Context::native`] tells.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// All routes of this build.
+    pub routes: Vec<RouteReport>,
+    /// How memory is shared and work is ordered, or why not.
+    pub sharing: Vec<String>,
+    /// What went where.
+    pub traffic: Traffic,
+    /// Products that a route's format could not hold exactly, and that the next tier computed.
+    pub recomputed: u64,
 }

@@ -49,7 +49,6 @@ pub async fn time(
         ctx.submit(stream)?;
         return Ok(start.elapsed());
     };
-    let mut encoder = device.create_command_encoder(&Default::default());
     let queries = (clock(ctx) == Clock::Device).then(|| {
         device.create_query_set(&wgpu::QuerySetDescriptor {
             label: Some("mx.time"),
@@ -57,16 +56,15 @@ pub async fn time(
             count: 2,
         })
     });
-    if let Some(queries) = &queries {
+    let mut stream = ctx.stream();
+    if let (Some(queries), Some(encoder)) = (&queries, stream.wgpu_encoder()) {
         encoder.write_timestamp(queries, 0);
     }
-    {
-        let mut stream = ctx.stream_onto(&mut encoder)?;
-        for i in 0..iterations {
-            record(&mut stream, i)?;
-        }
+    for i in 0..iterations {
+        record(&mut stream, i)?;
     }
-    let resolved = queries.as_ref().map(|queries| {
+    let mut resolved = None;
+    if let (Some(queries), Some(encoder)) = (&queries, stream.wgpu_encoder()) {
         encoder.write_timestamp(queries, 1);
         let buffer = device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("mx.time"),
@@ -75,10 +73,11 @@ pub async fn time(
             mapped_at_creation: false,
         });
         encoder.resolve_query_set(queries, 0..2, &buffer, 0);
-        buffer
-    });
-    let start = Instant::now();
-    queue.submit([encoder.finish()]);
+        resolved = Some(buffer);
+    }
+    // Native products are submitted while they are recorded.
+    let start = stream.first_submission().unwrap_or_else(Instant::now);
+    ctx.submit(stream)?;
     ctx.wait().await?;
     let host = start.elapsed();
     match resolved {

@@ -35,6 +35,7 @@ struct Params {
     zero: u32,              // 0
     carry: u32,             // packed output: see lib/tile.wgsl
     tensor_scale: u32,
+    sums: u32,              // shaders/matmul_join.wgsl: quads of a row of sums
     key: vec4<u32>,
     counter: vec2<u32>,
     draws: u32,

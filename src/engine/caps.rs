@@ -206,7 +206,11 @@ impl Caps {
                 | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX
                 | wgpu::Features::PASSTHROUGH_SHADERS
                 | wgpu::Features::TIMESTAMP_QUERY
-                | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS)
+                | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS
+                | match cfg!(any(feature = "cuda", feature = "hip")) {
+                    true => wgpu::Features::VULKAN_EXTERNAL_MEMORY_FD,
+                    false => wgpu::Features::empty(),
+                })
     }
 
     /// The line called `name`.

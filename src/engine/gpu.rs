@@ -26,6 +26,13 @@ pub(crate) struct Gpu {
     pub(crate) matrices: Vec<[u32; 3]>,
     /// Whether the device was opened with cooperative matrices of 16×16×16, bf16 to f32.
     pub(crate) bf16_matrices: bool,
+    /// Whether the device was opened with semaphores that other APIs can wait for.
+    pub(crate) external_semaphores: bool,
+    /// Where native routes' libraries are.
+    pub(crate) libraries: crate::native::Libraries,
+    /// The native routes, opened when first asked for.
+    #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
+    native: std::sync::OnceLock<crate::native::registry::Registry>,
     pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
     scratch: Mutex<Option<wgpu::Buffer>>,
     lost: Arc<Mutex<Option<String>>>,
@@ -75,10 +82,31 @@ impl Gpu {
             emulate_tensor,
             matrices,
             bf16_matrices: false,
+            external_semaphores: false,
+            libraries: Default::default(),
+            #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
+            native: Default::default(),
             pipelines: Mutex::default(),
             scratch: Mutex::default(),
             lost,
         }
+    }
+
+    /// The native routes, opened now if need be.
+    #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
+    pub(crate) fn native(&self) -> &crate::native::registry::Registry {
+        self.native.get_or_init(|| crate::native::registry::Registry::open(self))
+    }
+
+    /// The native routes, if they were opened.
+    #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
+    pub(crate) fn opened_native(&self) -> Option<&crate::native::registry::Registry> {
+        self.native.get()
+    }
+
+    /// Notes that the device is lost.
+    pub(crate) fn lose(&self, message: String) {
+        *self.lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(message);
     }
 
     /// An error if the device is known to be lost.
@@ -143,7 +171,12 @@ impl Gpu {
         }
     }
 
-    fn buffer(&self, what: &str, bytes: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
+    pub(crate) fn buffer(
+        &self,
+        what: &str,
+        bytes: u64,
+        usage: wgpu::BufferUsages,
+    ) -> Result<wgpu::Buffer> {
         self.checked(what, bytes, || {
             self.device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some(what),
@@ -236,6 +269,14 @@ impl Gpu {
             // An error here means a lost device, which cancels the callback.
             let _ = self.device.poll(wgpu::PollType::Poll);
             let state = std::pin::Pin::new(&mut future).poll(cx);
+            // What the queue waits for may never come.
+            #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
+            if let (true, Some(native)) = (state.is_pending(), self.opened_native()) {
+                if let Err(error) = native.check() {
+                    self.lose(error);
+                    native.release();
+                }
+            }
             #[cfg(not(target_arch = "wasm32"))]
             if state.is_pending() {
                 std::thread::yield_now();

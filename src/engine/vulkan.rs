@@ -1,4 +1,5 @@
-//! Opening a Vulkan device with what wgpu does not ask for: bfloat16 cooperative matrices (VK_KHR_shader_bfloat16).
+//! Opening a Vulkan device with what wgpu does not ask for: bfloat16 cooperative matrices (VK_KHR_shader_bfloat16), and
+//! semaphores that other APIs can wait for (VK_KHR_external_semaphore_fd).
 
 use std::ffi::{CStr, c_void};
 
@@ -64,10 +65,37 @@ pub(crate) fn bf16_matrices(adapter: &wgpu::Adapter) -> bool {
         })
 }
 
-/// `adapter.request_device`, with bfloat16 besides. Only where [`bf16_matrices`].
+/// What a device is opened with besides what wgpu asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Extras {
+    pub(crate) bf16: bool,
+    pub(crate) external_semaphores: bool,
+}
+
+impl Extras {
+    /// What the adapter has of it and the features can use.
+    pub(crate) fn of(adapter: &wgpu::Adapter, features: wgpu::Features) -> Extras {
+        let matrices = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX
+            | wgpu::Features::PASSTHROUGH_SHADERS;
+        Extras {
+            bf16: features.contains(matrices) && bf16_matrices(adapter),
+            external_semaphores: features.contains(wgpu::Features::VULKAN_EXTERNAL_MEMORY_FD)
+                && has_extension(adapter, ash::khr::external_semaphore_fd::NAME),
+        }
+    }
+}
+
+fn has_extension(adapter: &wgpu::Adapter, name: &CStr) -> bool {
+    // SAFETY: the adapter handle is only used within this function, while `adapter` is alive.
+    let Some(hal) = (unsafe { adapter.as_hal::<wgpu::hal::api::Vulkan>() }) else { return false };
+    hal.physical_device_capabilities().supports_extension(name)
+}
+
+/// `adapter.request_device`, with `extras` besides.
 pub(crate) fn open(
     adapter: &wgpu::Adapter,
     descriptor: &wgpu::DeviceDescriptor<'_>,
+    extras: Extras,
 ) -> Result<(wgpu::Device, wgpu::Queue)> {
     let failed =
         |error: String| Error::Gpu(format!("opening {}: {error}", adapter.get_info().name));
@@ -79,17 +107,22 @@ pub(crate) fn open(
     bf16.types = vk::TRUE;
     bf16.cooperative_matrix = vk::TRUE;
     let bf16 = &raw mut bf16;
-    // SAFETY: the extension and its features are there (bf16_matrices); the structure lives until the device is made, and
-    // is put before what is in the chain already.
+    // SAFETY: the extensions and their features are there (Extras::of); the structure lives until the device is made, and is
+    // put before what is in the chain already.
     let device = unsafe {
         hal.open_with_callback(
             descriptor.required_features,
             &descriptor.required_limits,
             &descriptor.memory_hints,
             Some(Box::new(move |args| {
-                args.extensions.push(EXTENSION);
-                (*bf16).p_next = args.create_info.p_next.cast_mut();
-                args.create_info.p_next = bf16.cast_const().cast();
+                if extras.external_semaphores {
+                    args.extensions.push(ash::khr::external_semaphore_fd::NAME);
+                }
+                if extras.bf16 {
+                    args.extensions.push(EXTENSION);
+                    (*bf16).p_next = args.create_info.p_next.cast_mut();
+                    args.create_info.p_next = bf16.cast_const().cast();
+                }
             })),
         )
     }
@@ -97,4 +130,19 @@ pub(crate) fn open(
     // SAFETY: the device is this adapter's, opened with these features and limits.
     unsafe { adapter.create_device_from_hal(device, descriptor) }
         .map_err(|error| failed(error.to_string()))
+}
+
+/// The device's UUID, which other APIs know it by.
+#[cfg(any(feature = "cuda", feature = "hip"))]
+pub(crate) fn uuid(device: &wgpu::Device) -> Option<[u8; 16]> {
+    // SAFETY: the handles are only used within this function, while `device` is alive.
+    let hal = unsafe { device.as_hal::<wgpu::hal::api::Vulkan>() }?;
+    let mut id = vk::PhysicalDeviceIDProperties::default();
+    let mut properties = vk::PhysicalDeviceProperties2::default().push_next(&mut id);
+    // SAFETY: as above; the chained structure is of Vulkan 1.1, which wgpu asks for where it is there.
+    unsafe {
+        let instance = hal.shared_instance().raw_instance();
+        instance.get_physical_device_properties2(hal.raw_physical_device(), &mut properties);
+    }
+    Some(id.device_uuid)
 }

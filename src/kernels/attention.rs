@@ -106,7 +106,9 @@ impl Attention {
                 let operation = "attention on the tensor tier".into();
                 return Err(Error::Unsupported { operation, needs, has });
             }
-            (Tier::Exact, _) => return mismatch("attention has no exact tier".into()),
+            (Tier::Exact | Tier::Native, _) => {
+                return mismatch(format!("attention has no {tier} tier"));
+            }
         };
         Ok(Attention { desc: *desc, delta, bf16 })
     }

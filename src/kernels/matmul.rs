@@ -9,6 +9,8 @@
 //!   **Exact**: the same bits on every engine.
 //! - [`Tier::Tensor`]: cooperative matrices, f16 operands and f32 accumulators. Bounded.
 //! - [`Tier::Alu`]: f32 arithmetic, any operand. Bounded.
+//! - [`Tier::Native`]: a vendor's library, where the machine has one that takes the problem ([`crate::native`]). Bounded. Its
+//!   products are submitted, with all that the stream holds before them, when they are recorded.
 //!
 //! # Numerics
 //! Every line of an MX operand has an *anchor* r, its largest E8M0 scale byte, kept with the tensor. Elements are decoded
@@ -26,9 +28,12 @@
 
 mod cpu;
 mod gpu;
+#[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
+pub(crate) mod native;
 mod tier;
 
 pub use gpu::kernels;
+pub(in crate::kernels) use gpu::operand_constants;
 
 use crate::engine::buffer::{DType, DeviceMxTensor, Rows, STATE_WORDS, Tensor};
 use crate::engine::{Context, Stream};
@@ -50,6 +55,8 @@ pub enum Tier {
     Tensor,
     /// f32 arithmetic.
     Alu,
+    /// A vendor's library on FP4 or FP8 tensor cores: see [`crate::native`].
+    Native,
 }
 
 /// What an operand holds.
@@ -297,6 +304,16 @@ pub enum Target<'a> {
     Dense(&'a mut Tensor),
 }
 
+impl Target<'_> {
+    #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
+    fn reborrow(&mut self) -> Target<'_> {
+        match self {
+            Target::Mx(y) => Target::Mx(y),
+            Target::Dense(y) => Target::Dense(y),
+        }
+    }
+}
+
 impl<'a> From<&'a mut DeviceMxTensor> for Target<'a> {
     fn from(tensor: &'a mut DeviceMxTensor) -> Self {
         Target::Mx(tensor)
@@ -326,14 +343,64 @@ pub struct Matmul {
     why: String,
     /// Positions of k that are summed apart, if not all.
     slice: Option<usize>,
+    #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
+    native: Option<native::Native>,
 }
 
 impl Matmul {
     /// Checks the descriptor and chooses the tier. Pipelines are made when first recorded.
     pub fn new(ctx: &Context, desc: &MatmulDesc) -> Result<Matmul> {
         desc.validate()?;
+        #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
+        if let crate::engine::Engine::Gpu(gpu) = ctx.engine() {
+            // Few rows are bound by memory: no matrix unit helps.
+            let named = desc.tier == Tier::Native;
+            let auto = desc.tier == Tier::Auto && desc.m > tier::SKINNY;
+            match (named || auto).then(|| native::choose(ctx, gpu, desc, named)) {
+                None => {}
+                Some(Ok((entry, packings, problem))) => {
+                    let why = format!("{}: {problem}", entry.route.name());
+                    let next = Box::new(Matmul::without_native(ctx, desc)?);
+                    let native = Some(native::Native { entry, packings, problem, next });
+                    return Ok(Matmul { desc: *desc, tier: Tier::Native, why, slice: None, native });
+                }
+                Some(Err(has)) if named => {
+                    return Err(Error::Unsupported {
+                        operation: "the native tier".into(),
+                        needs: "a route that takes the product".into(),
+                        has,
+                    });
+                }
+                Some(Err(reasons)) => {
+                    let mut next = Matmul::without_native(ctx, desc)?;
+                    if cfg!(any(feature = "cuda", feature = "hip")) {
+                        next.why += &format!("; no native route: {reasons}");
+                    }
+                    return Ok(next);
+                }
+            }
+        }
+        if desc.tier == Tier::Native {
+            return Err(Error::Unsupported {
+                operation: "the native tier".into(),
+                needs: "a GPU, on a system with native routes".into(),
+                has: format!("the context is {}", ctx.caps().name),
+            });
+        }
+        Matmul::without_native(ctx, desc)
+    }
+
+    /// In the tier asked for, or the fastest but the native one.
+    fn without_native(ctx: &Context, desc: &MatmulDesc) -> Result<Matmul> {
         let (tier, why) = tier::choose(ctx, desc)?;
-        Ok(Matmul { desc: *desc, tier, why, slice: tier::slice(ctx, desc, tier) })
+        Ok(Matmul {
+            desc: *desc,
+            tier,
+            why,
+            slice: tier::slice(ctx, desc, tier),
+            #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
+            native: None,
+        })
     }
 
     /// The tier that was chosen; never [`Tier::Auto`].
@@ -372,8 +439,31 @@ impl Matmul {
         y: impl Into<Target<'a>>,
         extras: Extras<'_>,
     ) -> Result<()> {
-        let (a, b, y) = (a.into(), b.into(), y.into());
+        #[allow(unused_mut)]
+        let (a, b, mut y) = (a.into(), b.into(), y.into());
         self.check(stream.context(), a, b, &y, extras)?;
+        #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
+        if let (Some(native), true) = (&self.native, stream.gpu().is_some()) {
+            let recorded = native.record(&self.desc, stream, a, b, y.reborrow(), extras)?;
+            let Err(refused) = recorded else { return Ok(()) };
+            let name = native.entry.route.name();
+            let reason = match refused {
+                native::Refused::Declined(reason) => reason,
+                native::Refused::Failed(reason) => {
+                    native.entry.disable(reason.clone());
+                    reason
+                }
+            };
+            if self.desc.tier == Tier::Native {
+                return Err(Error::Unsupported {
+                    operation: "the native tier".into(),
+                    needs: format!("{name} to take the product"),
+                    has: reason,
+                });
+            }
+            log::info!("{name}: {reason}; the product runs in the {} tier", native.next.tier);
+            return native.next.record_with(stream, a, b, y, extras);
+        }
         if stream.gpu().is_some() {
             gpu::record(self, stream, a, b, y, extras)
         } else {
@@ -512,6 +602,7 @@ impl std::fmt::Display for Tier {
             Tier::Exact => "exact",
             Tier::Tensor => "tensor",
             Tier::Alu => "alu",
+            Tier::Native => "native",
         })
     }
 }
@@ -520,10 +611,12 @@ impl std::str::FromStr for Tier {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Tier> {
-        [Tier::Auto, Tier::Exact, Tier::Tensor, Tier::Alu]
+        [Tier::Auto, Tier::Exact, Tier::Tensor, Tier::Alu, Tier::Native]
             .into_iter()
             .find(|tier| tier.to_string() == text)
-            .ok_or_else(|| Error::InvalidSpec(format!("tier {text:?}: auto, exact, tensor or alu")))
+            .ok_or_else(|| {
+                Error::InvalidSpec(format!("tier {text:?}: auto, exact, tensor, alu or native"))
+            })
     }
 }
 

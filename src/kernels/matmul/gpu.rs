@@ -209,6 +209,7 @@ pub(super) fn record(
                         y_cols,
                         y_blocks,
                         slice: 0,
+                        sums: 0,
                     };
                     let (params, groups) = place.params(desc, tier, shape, &sides, extras);
                     let mut buffers = ap.buffers.clone();
@@ -258,6 +259,7 @@ fn record_sliced(
         y_cols: desc.n,
         y_blocks: 0,
         slice,
+        sums: pitch / 4,
     };
     let inputs: Vec<_> = sides.iter().flat_map(|side| &side.pieces).map(|p| &p.buffers).collect();
     let (params, groups) = place.params(desc, matmul.tier, product.shape, sides, extras);
@@ -275,6 +277,51 @@ fn record_sliced(
     stream.dispatch(&join.name(), || join.kernel(), &params, &buffers, groups)
 }
 
+/// Makes y from sums that something else computed, relative to the anchors and 2^`exponent`: `sums` has m rows of so many
+/// elements, a multiple of four. Everything is bound at once.
+#[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
+#[allow(clippy::too_many_arguments)]
+pub(super) fn record_join(
+    desc: &MatmulDesc,
+    stream: &mut Stream<'_>,
+    (sums, pitch): (&wgpu::Buffer, usize),
+    exponent: i32,
+    a: Input<'_>,
+    b: Input<'_>,
+    y: &Target<'_>,
+    extras: Extras<'_>,
+) -> Result<()> {
+    let Target::Dense(y) = y else { return Ok(()) };
+    let sides = [side("A", a, desc.a.transposed)?, side("B", b, desc.b.transposed)?];
+    let join = Variant::join(desc);
+    let place = Place {
+        m: desc.m,
+        n: desc.n,
+        batches: 1,
+        a: [0; 3],
+        b: [0; 3],
+        y_row: 0,
+        y_global: 0,
+        y_col: 0,
+        y_pitch: desc.n,
+        y_cols: desc.n,
+        y_blocks: 0,
+        slice: desc.k,
+        sums: pitch / 4,
+    };
+    let (mut params, groups) = place.params(desc, Tier::Alu, join.shape, &sides, extras);
+    params[EXPONENT] = exponent as u32;
+    let mut buffers = vec![sums];
+    buffers.extend(sides.iter().flat_map(|side| &side.pieces).flat_map(|p| &p.buffers[1..]));
+    buffers.extend(y.data.chunks().map(|chunk| chunk.buffer));
+    buffers.extend(extras.bias.iter().flat_map(|t| t.data.chunks()).map(|chunk| chunk.buffer));
+    stream.dispatch(&join.name(), || join.kernel(), &params, &buffers, groups)
+}
+
+/// The word of `Params` that says what sums count in.
+#[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
+const EXPONENT: usize = 30;
+
 /// Where a dispatch works.
 struct Place {
     m: usize,
@@ -290,6 +337,8 @@ struct Place {
     y_cols: usize,
     y_blocks: usize,
     slice: usize,
+    /// Quads of a row of sums that are to be joined.
+    sums: usize,
 }
 
 impl Place {
@@ -349,7 +398,7 @@ impl Place {
         ];
         let mut params: Vec<u32> = params.iter().map(|p| *p as u32).collect();
         params.extend([desc.alpha.to_bits(), desc.beta.to_bits(), desc.exponent(tier) as u32, 0]);
-        params.extend([carry, tensor_scale, 0, 0]);
+        params.extend([carry, tensor_scale, self.sums as u32, 0]);
         params.extend(key);
         params.extend([counter as u32, (counter >> 32) as u32, draws as u32, self.slice as u32]);
         (params, tiles_m as u64 * tiles_n as u64 * self.batches as u64)
@@ -830,7 +879,7 @@ impl Variant {
     }
 }
 
-fn operand_constants(source: Source, name: char, operand: Operand) -> Source {
+pub(in crate::kernels) fn operand_constants(source: Source, name: char, operand: Operand) -> Source {
     let prefix = name.to_ascii_uppercase();
     let named = |what: &str| format!("{prefix}_{what}");
     let source = source.flag(&named("TRANSPOSED"), operand.transposed);

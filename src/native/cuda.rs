@@ -1,0 +1,42 @@
+//! Routes through CUDA: the driver API for memory and order, cuBLASLt for products. Feature `cuda`.
+//!
+//! | route | operands | adds up | needs |
+//! |---|---|---|---|
+//! | `cublaslt-nvfp4` | E2M1 under E8M0 (MXFP4, its scales exactly rescaled) or E4M3 (NVFP4) | f32 | a cuBLASLt whose heuristic takes E2M1 with `VEC16_UE4M3` scales: sm_100 and later |
+//! | `cublaslt-mxfp8` | E4M3 under E8M0 | f32 | a heuristic that takes `VEC32_UE8M0` scales: sm_100 and later |
+//! | `cublaslt-fp8` | E2M1, E2M3, E3M2 or E4M3 under E8M0, as E4M3 relative to the line's anchor | fewer bits | a heuristic that takes FP8: sm_89 and later |
+//!
+//! [`driver`] and [`cublaslt`] call functions by pointers that [`crate::native::load`] checked one by one; types and constants
+//! are cudarc's, made from NVIDIA's headers. Statuses are numbers here, not Rust enums: a newer library may return one that
+//! this build does not know.
+
+pub(crate) mod cublaslt;
+pub(crate) mod driver;
+
+use std::sync::Arc;
+
+use super::{Libraries, NativeRoute};
+
+/// A route, or its name and why it is not there.
+pub(crate) type Opened = Result<Arc<dyn NativeRoute>, (&'static str, String)>;
+
+/// The names of the routes.
+const NAMES: [&str; 3] = ["cublaslt-nvfp4", "cublaslt-mxfp8", "cublaslt-fp8"];
+
+/// Opens the CUDA device with this UUID, and its routes, best first.
+pub(crate) fn open(libraries: &Libraries, uuid: [u8; 16]) -> Vec<Opened> {
+    let all = |reason: String| NAMES.map(|name| Err((name, reason.clone()))).into();
+    let driver = match driver::Driver::open(libraries.cuda.as_deref(), uuid) {
+        Ok(driver) => Arc::new(driver),
+        Err(reason) => return all(reason),
+    };
+    match cublaslt::Lt::open(libraries.cublaslt.as_deref(), &driver) {
+        Err(reason) => all(reason),
+        Ok(lt) => {
+            let lt = Arc::new(lt);
+            [cublaslt::Kind::Nvfp4, cublaslt::Kind::Mxfp8, cublaslt::Kind::Fp8]
+                .map(|kind| Ok(Arc::new(cublaslt::Route::new(&lt, kind)) as Arc<dyn NativeRoute>))
+                .into()
+        }
+    }
+}

@@ -1,0 +1,404 @@
+//! The CUDA driver: a device found by its UUID, a stream, memory, and what Vulkan shares.
+
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::mem::zeroed;
+use std::path::Path;
+use std::ptr::null_mut;
+use std::sync::{Mutex, PoisonError};
+
+use cudarc::driver::sys;
+
+use crate::native::load::{Library, functions};
+use crate::native::{Fd, Mapped, Runtime};
+
+/// CUresult.
+type Status = c_uint;
+/// CUDA_SUCCESS, CUDA_ERROR_NOT_READY.
+const SUCCESS: Status = 0;
+const NOT_READY: Status = 600;
+/// CU_STREAM_NON_BLOCKING: not ordered with the default stream.
+const NON_BLOCKING: c_uint = 1;
+/// CUDA_EXTERNAL_MEMORY_DEDICATED.
+const DEDICATED: c_uint = 1;
+/// The oldest driver with everything used here, as `cuDriverGetVersion` counts: timeline semaphores came with CUDA 11.2.
+const OLDEST: c_int = 11020;
+
+functions! {
+    /// The functions used here. Names ending in `_v2` are what the headers of CUDA 11 to 13 call without it.
+    struct Functions {
+        init: "cuInit" (c_uint) -> Status;
+        driver_version: "cuDriverGetVersion" (*mut c_int) -> Status;
+        device_count: "cuDeviceGetCount" (*mut c_int) -> Status;
+        device: "cuDeviceGet" (*mut c_int, c_int) -> Status;
+        device_name: "cuDeviceGetName" (*mut c_char, c_int, c_int) -> Status;
+        device_uuid: "cuDeviceGetUuid_v2" (*mut sys::CUuuid, c_int) -> Status;
+        device_attribute: "cuDeviceGetAttribute" (*mut c_int, c_uint, c_int) -> Status;
+        retain: "cuDevicePrimaryCtxRetain" (*mut sys::CUcontext, c_int) -> Status;
+        push: "cuCtxPushCurrent_v2" (sys::CUcontext) -> Status;
+        pop: "cuCtxPopCurrent_v2" (*mut sys::CUcontext) -> Status;
+        stream: "cuStreamCreate" (*mut sys::CUstream, c_uint) -> Status;
+        synchronize: "cuStreamSynchronize" (sys::CUstream) -> Status;
+        query: "cuStreamQuery" (sys::CUstream) -> Status;
+        allocate: "cuMemAlloc_v2" (*mut u64, usize) -> Status;
+        free: "cuMemFree_v2" (u64) -> Status;
+        to_device: "cuMemcpyHtoD_v2" (u64, *const c_void, usize) -> Status;
+        to_host: "cuMemcpyDtoH_v2" (*mut c_void, u64, usize) -> Status;
+        error_name: "cuGetErrorName" (Status, *mut *const c_char) -> Status;
+    }
+}
+
+functions! {
+    /// What sharing with Vulkan needs besides; without it operands are copied.
+    struct Sharing {
+        import_memory: "cuImportExternalMemory" (*mut sys::CUexternalMemory, *const sys::CUDA_EXTERNAL_MEMORY_HANDLE_DESC) -> Status;
+        map: "cuExternalMemoryGetMappedBuffer" (*mut u64, sys::CUexternalMemory, *const sys::CUDA_EXTERNAL_MEMORY_BUFFER_DESC) -> Status;
+        destroy_memory: "cuDestroyExternalMemory" (sys::CUexternalMemory) -> Status;
+        import_semaphore: "cuImportExternalSemaphore" (*mut sys::CUexternalSemaphore, *const sys::CUDA_EXTERNAL_SEMAPHORE_HANDLE_DESC) -> Status;
+        signal: "cuSignalExternalSemaphoresAsync" (*const sys::CUexternalSemaphore, *const sys::CUDA_EXTERNAL_SEMAPHORE_SIGNAL_PARAMS, c_uint, sys::CUstream) -> Status;
+        wait: "cuWaitExternalSemaphoresAsync" (*const sys::CUexternalSemaphore, *const sys::CUDA_EXTERNAL_SEMAPHORE_WAIT_PARAMS, c_uint, sys::CUstream) -> Status;
+    }
+}
+
+/// A CUDA device with its primary context and a stream. Both stay for good, as the library does.
+pub(crate) struct Driver {
+    functions: Functions,
+    /// Or the function that is missing.
+    sharing: Result<Sharing, String>,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    /// Null until one is imported.
+    timeline: Mutex<Handle>,
+    details: Vec<(String, String)>,
+}
+
+/// An opaque pointer of the driver's.
+#[derive(Clone, Copy)]
+struct Handle(sys::CUexternalSemaphore);
+
+// SAFETY: the driver API is thread-safe; the handles are the driver's own, never dereferenced here.
+unsafe impl Send for Driver {}
+// SAFETY: as above.
+unsafe impl Sync for Driver {}
+
+impl std::fmt::Debug for Driver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Driver").field("details", &self.details).finish_non_exhaustive()
+    }
+}
+
+impl Functions {
+    fn check(&self, what: &str, status: Status) -> Result<(), String> {
+        if status == SUCCESS {
+            return Ok(());
+        }
+        let mut name = std::ptr::null();
+        // SAFETY: the pointer is set to a constant of the library's, or left as it is.
+        let known = unsafe { (self.error_name)(status, &raw mut name) };
+        if known != SUCCESS || name.is_null() {
+            return Err(format!("{what}: CUDA error {status}"));
+        }
+        // SAFETY: as above; the constant is a C string.
+        let name = unsafe { CStr::from_ptr(name) };
+        Err(format!("{what}: {} ({status})", name.to_string_lossy()))
+    }
+}
+
+impl Driver {
+    /// Loads the driver and opens the device.
+    pub(crate) fn open(path: Option<&Path>, uuid: [u8; 16]) -> Result<Driver, String> {
+        let names: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1"] };
+        let library = Library::open(path, "MICROSCALING_CUDA", names)?;
+        let functions = Functions::load(&library)?;
+        let sharing = Sharing::load(&library);
+        let check = |what: &str, status| functions.check(what, status);
+        // SAFETY: of this call and the next ones: the arguments are as the CUDA driver API documents them, and pointers are
+        // to locals that outlive the calls.
+        check("cuInit", unsafe { (functions.init)(0) })?;
+        let mut version = 0;
+        check("cuDriverGetVersion", unsafe { (functions.driver_version)(&raw mut version) })?;
+        if version < OLDEST {
+            return Err(format!(
+                "the driver is for CUDA {}, {} is the oldest that will do",
+                dotted(version),
+                dotted(OLDEST)
+            ));
+        }
+        let mut count = 0;
+        check("cuDeviceGetCount", unsafe { (functions.device_count)(&raw mut count) })?;
+        let mut seen = Vec::new();
+        let mut found = None;
+        for ordinal in 0..count {
+            let mut device = 0;
+            // SAFETY: as above.
+            check("cuDeviceGet", unsafe { (functions.device)(&raw mut device, ordinal) })?;
+            let mut id = sys::CUuuid { bytes: [0; 16] };
+            // SAFETY: as above.
+            check("cuDeviceGetUuid", unsafe { (functions.device_uuid)(&raw mut id, device) })?;
+            let id = id.bytes.map(|byte| byte as u8);
+            if id == uuid {
+                found = Some(device);
+            }
+            seen.push(hex(id));
+        }
+        let Some(device) = found else {
+            return Err(format!(
+                "none of CUDA's {count} devices is the one that is open: {} is not among {}",
+                hex(uuid),
+                if seen.is_empty() { "none".into() } else { seen.join(", ") }
+            ));
+        };
+        let mut name = [0u8; 256];
+        // SAFETY: as above; the name is cut to the 256 bytes.
+        let status = unsafe { (functions.device_name)(name.as_mut_ptr().cast(), 256, device) };
+        check("cuDeviceGetName", status)?;
+        name[255] = 0;
+        let name = CStr::from_bytes_until_nul(&name).map(|name| name.to_string_lossy().into_owned());
+        let attribute = |attribute: sys::CUdevice_attribute| -> Result<c_int, String> {
+            let mut value = 0;
+            // SAFETY: as above.
+            let status = unsafe {
+                (functions.device_attribute)(&raw mut value, attribute as c_uint, device)
+            };
+            check("cuDeviceGetAttribute", status).map(|()| value)
+        };
+        use sys::CUdevice_attribute_enum as Attribute;
+        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        let mut context = null_mut();
+        // SAFETY: as above.
+        check("cuDevicePrimaryCtxRetain", unsafe {
+            (functions.retain)(&raw mut context, device)
+        })?;
+        let mut driver = Driver {
+            functions,
+            sharing,
+            context,
+            stream: null_mut(),
+            timeline: Mutex::new(Handle(null_mut())),
+            details: vec![
+                ("CUDA device".into(), name.unwrap_or_default()),
+                ("CUDA UUID".into(), hex(uuid)),
+                ("CUDA driver".into(), format!("{} ({})", dotted(version), library.name)),
+                ("compute capability".into(), format!("{major}.{minor}")),
+            ],
+        };
+        let mut stream = null_mut();
+        driver.call("cuStreamCreate", |f| {
+            // SAFETY: as above; the device's context is current.
+            unsafe { (f.stream)(&raw mut stream, NON_BLOCKING) }
+        })?;
+        driver.stream = stream;
+        Ok(driver)
+    }
+
+    /// Runs `f` with the device's context current.
+    pub(crate) fn with<T>(&self, f: impl FnOnce() -> T) -> Result<T, String> {
+        // SAFETY: the context is the device's primary one, retained for good.
+        self.functions
+            .check("cuCtxPushCurrent", unsafe { (self.functions.push)(self.context) })?;
+        let value = f();
+        let mut popped = null_mut();
+        // SAFETY: what was pushed above is on top, since calls are nested.
+        self.functions
+            .check("cuCtxPopCurrent", unsafe { (self.functions.pop)(&raw mut popped) })?;
+        Ok(value)
+    }
+
+    fn call(&self, what: &str, f: impl FnOnce(&Functions) -> Status) -> Result<(), String> {
+        let status = self.with(|| f(&self.functions))?;
+        self.functions.check(what, status)
+    }
+
+    fn sharing(&self) -> Result<&Sharing, String> {
+        self.sharing.as_ref().map_err(Clone::clone)
+    }
+
+    fn timeline(&self) -> Handle {
+        *self.timeline.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The stream that everything goes into.
+    pub(crate) fn stream(&self) -> *mut c_void {
+        self.stream.cast()
+    }
+}
+
+impl Runtime for Driver {
+    fn describe(&self) -> Vec<(String, String)> {
+        self.details.clone()
+    }
+
+    fn allocate(&self, bytes: u64) -> Result<Mapped, String> {
+        let mut address = 0;
+        // SAFETY: the pointer is to a local.
+        self.call("cuMemAlloc", |f| unsafe { (f.allocate)(&raw mut address, bytes as usize) })?;
+        Ok(Mapped { address, handle: 0 })
+    }
+
+    #[cfg(not(unix))]
+    fn import(&self, fd: Fd, _: u64, _: bool) -> Result<Mapped, String> {
+        match fd {}
+    }
+
+    #[cfg(unix)]
+    fn import(&self, fd: Fd, bytes: u64, dedicated: bool) -> Result<Mapped, String> {
+        use std::os::fd::AsRawFd;
+        let sharing = self.sharing()?;
+        // SAFETY: plain old data, of which zero is a value: the type is set below.
+        let mut desc: sys::CUDA_EXTERNAL_MEMORY_HANDLE_DESC = unsafe { zeroed_with_type() };
+        desc.handle.fd = fd.as_raw_fd();
+        desc.size = bytes;
+        desc.flags = if dedicated { DEDICATED } else { 0 };
+        let mut memory = null_mut();
+        // SAFETY: the descriptor is complete; the driver owns the file descriptor if it succeeds.
+        self.call("cuImportExternalMemory", |_| unsafe {
+            (sharing.import_memory)(&raw mut memory, &raw const desc)
+        })?;
+        std::mem::forget(fd);
+        // SAFETY: plain old data, of which zero is a value.
+        let mut whole: sys::CUDA_EXTERNAL_MEMORY_BUFFER_DESC = unsafe { zeroed() };
+        whole.size = bytes;
+        let mut address = 0;
+        // SAFETY: the memory was just imported and has so many bytes.
+        let mapped = self.call("cuExternalMemoryGetMappedBuffer", |_| unsafe {
+            (sharing.map)(&raw mut address, memory, &raw const whole)
+        });
+        if let Err(error) = mapped {
+            // SAFETY: nothing was mapped from it.
+            self.call("cuDestroyExternalMemory", |_| unsafe { (sharing.destroy_memory)(memory) })?;
+            return Err(error);
+        }
+        Ok(Mapped { address, handle: memory as u64 })
+    }
+
+    fn release(&self, memory: Mapped) {
+        // A mapped buffer is freed as memory of the driver's own, then what it was mapped from.
+        // SAFETY: the address came from `allocate` or `import`, and the queue is idle.
+        let freed = self.call("cuMemFree", |f| unsafe { (f.free)(memory.address) });
+        let destroyed = match (&self.sharing, memory.handle) {
+            (Ok(sharing), handle @ 1..) => {
+                // SAFETY: the handle came from `import`; its mapping is freed.
+                self.call("cuDestroyExternalMemory", |_| unsafe {
+                    (sharing.destroy_memory)(handle as sys::CUexternalMemory)
+                })
+            }
+            _ => Ok(()),
+        };
+        for error in [freed, destroyed].into_iter().filter_map(Result::err) {
+            log::warn!("native memory: {error}");
+        }
+    }
+
+    fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), String> {
+        // SAFETY: the caller's buffer has so many bytes.
+        self.call("cuMemcpyHtoD", |f| unsafe {
+            (f.to_device)(to, bytes.as_ptr().cast(), bytes.len())
+        })
+    }
+
+    fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), String> {
+        self.synchronize()?;
+        // SAFETY: as above.
+        self.call("cuMemcpyDtoH", |f| unsafe {
+            (f.to_host)(bytes.as_mut_ptr().cast(), from, bytes.len())
+        })
+    }
+
+    #[cfg(not(unix))]
+    fn import_timeline(&self, fd: Fd) -> Result<(), String> {
+        match fd {}
+    }
+
+    #[cfg(unix)]
+    fn import_timeline(&self, fd: Fd) -> Result<(), String> {
+        use std::os::fd::AsRawFd;
+        let sharing = self.sharing()?;
+        // SAFETY: plain old data; the type is set to one of its values.
+        let mut desc: sys::CUDA_EXTERNAL_SEMAPHORE_HANDLE_DESC = unsafe { semaphore_desc() };
+        desc.handle.fd = fd.as_raw_fd();
+        let mut semaphore = null_mut();
+        // SAFETY: the descriptor is complete; the driver owns the file descriptor if it succeeds.
+        self.call("cuImportExternalSemaphore", |_| unsafe {
+            (sharing.import_semaphore)(&raw mut semaphore, &raw const desc)
+        })?;
+        std::mem::forget(fd);
+        *self.timeline.lock().unwrap_or_else(PoisonError::into_inner) = Handle(semaphore);
+        Ok(())
+    }
+
+    fn wait(&self, value: u64) -> Result<(), String> {
+        let (sharing, Handle(semaphore)) = (self.sharing()?, self.timeline());
+        // SAFETY: plain old data, of which zero is a value.
+        let mut params: sys::CUDA_EXTERNAL_SEMAPHORE_WAIT_PARAMS = unsafe { zeroed() };
+        params.params.fence.value = value;
+        // SAFETY: one semaphore with its parameters, imported before.
+        self.call("cuWaitExternalSemaphoresAsync", |_| unsafe {
+            (sharing.wait)(&raw const semaphore, &raw const params, 1, self.stream)
+        })
+    }
+
+    fn signal(&self, value: u64) -> Result<(), String> {
+        let (sharing, Handle(semaphore)) = (self.sharing()?, self.timeline());
+        // SAFETY: plain old data, of which zero is a value.
+        let mut params: sys::CUDA_EXTERNAL_SEMAPHORE_SIGNAL_PARAMS = unsafe { zeroed() };
+        params.params.fence.value = value;
+        // SAFETY: as above.
+        self.call("cuSignalExternalSemaphoresAsync", |_| unsafe {
+            (sharing.signal)(&raw const semaphore, &raw const params, 1, self.stream)
+        })
+    }
+
+    fn synchronize(&self) -> Result<(), String> {
+        // SAFETY: the stream is this driver's.
+        self.call("cuStreamSynchronize", |f| unsafe { (f.synchronize)(self.stream) })
+    }
+
+    fn check(&self) -> Result<(), String> {
+        // SAFETY: the stream is this driver's.
+        let status = self.with(|| unsafe { (self.functions.query)(self.stream) })?;
+        match status {
+            NOT_READY => Ok(()),
+            status => self.functions.check("a product on CUDA's stream", status),
+        }
+    }
+}
+
+/// A descriptor of an opaque file descriptor.
+///
+/// # Safety
+/// None beyond that of zeroed plain old data: the enum is written before the value exists.
+#[cfg(unix)]
+unsafe fn zeroed_with_type() -> sys::CUDA_EXTERNAL_MEMORY_HANDLE_DESC {
+    let mut desc = std::mem::MaybeUninit::<sys::CUDA_EXTERNAL_MEMORY_HANDLE_DESC>::zeroed();
+    // SAFETY: the pointer is to the field of a local; all other fields may be zero.
+    unsafe {
+        (&raw mut (*desc.as_mut_ptr()).type_)
+            .write(sys::CUexternalMemoryHandleType::CU_EXTERNAL_MEMORY_HANDLE_TYPE_OPAQUE_FD);
+        desc.assume_init()
+    }
+}
+
+/// The same of a timeline semaphore.
+///
+/// # Safety
+/// As above.
+#[cfg(unix)]
+unsafe fn semaphore_desc() -> sys::CUDA_EXTERNAL_SEMAPHORE_HANDLE_DESC {
+    let mut desc = std::mem::MaybeUninit::<sys::CUDA_EXTERNAL_SEMAPHORE_HANDLE_DESC>::zeroed();
+    // SAFETY: as above.
+    unsafe {
+        (&raw mut (*desc.as_mut_ptr()).type_).write(
+            sys::CUexternalSemaphoreHandleType::CU_EXTERNAL_SEMAPHORE_HANDLE_TYPE_TIMELINE_SEMAPHORE_FD,
+        );
+        desc.assume_init()
+    }
+}
+
+/// 13000 is 13.0.
+fn dotted(version: c_int) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
+}
+
+fn hex(bytes: [u8; 16]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

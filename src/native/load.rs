@@ -1,0 +1,83 @@
+//! Loading a vendor's library: its path, and each symbol, is checked before anything is called. Nothing here panics.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+/// A loaded library. It stays loaded for good: a driver's threads may still run in it.
+#[derive(Debug)]
+pub(crate) struct Library {
+    library: std::mem::ManuallyDrop<libloading::Library>,
+    /// What it was loaded as.
+    pub(crate) name: String,
+}
+
+impl Library {
+    /// Loads what `explicit` or the environment `variable` says, or else the first of `names` that is there. What a path
+    /// names is the user's to answer for: loading a library runs its initialisers.
+    pub(crate) fn open(
+        explicit: Option<&Path>,
+        variable: &str,
+        names: &[&str],
+    ) -> Result<Library, String> {
+        let set = explicit
+            .map(Path::to_path_buf)
+            .or_else(|| std::env::var_os(variable).map(|path: OsString| PathBuf::from(path)));
+        let candidates: Vec<PathBuf> = match set {
+            Some(path) if path.as_os_str().is_empty() || path.as_os_str() == "off" => {
+                return Err(format!("switched off by {variable} or the options"));
+            }
+            Some(path) => vec![path],
+            None => names.iter().map(PathBuf::from).collect(),
+        };
+        let mut first = None;
+        for path in &candidates {
+            // SAFETY: a vendor's library, or what the user named; see above.
+            match unsafe { libloading::Library::new(path) } {
+                Ok(library) => {
+                    let library = std::mem::ManuallyDrop::new(library);
+                    return Ok(Library { library, name: path.display().to_string() });
+                }
+                Err(error) => {
+                    first.get_or_insert_with(|| error.to_string());
+                }
+            }
+        }
+        let list: Vec<_> = candidates.iter().map(|path| path.display().to_string()).collect();
+        Err(format!(
+            "cannot load {}: {}",
+            list.join(" or "),
+            first.unwrap_or_else(|| "no name to look for".into())
+        ))
+    }
+
+    /// The function called `name`.
+    ///
+    /// # Safety
+    /// `F` is the type of a function pointer with the signature that the library documents.
+    pub(crate) unsafe fn get<F: Copy>(&self, name: &str) -> Result<F, String> {
+        // SAFETY: the caller's.
+        match unsafe { self.library.get::<F>(name.as_bytes()) } {
+            Ok(symbol) => Ok(*symbol),
+            Err(_) => Err(format!("{} has no function {name}", self.name)),
+        }
+    }
+}
+
+/// Declares a table of functions, all of which a library must have: `Table::load(library)` names the first one missing.
+macro_rules! functions {
+    ($(#[$doc:meta])* $visibility:vis struct $table:ident { $($field:ident: $symbol:literal ($($argument:ty),* $(,)?) -> $result:ty;)* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy)]
+        $visibility struct $table { $($visibility $field: unsafe extern "C" fn($($argument),*) -> $result,)* }
+
+        impl $table {
+            fn load(library: &$crate::native::load::Library) -> Result<$table, String> {
+                Ok($table {
+                    // SAFETY: the signatures are those of the vendor's headers.
+                    $($field: unsafe { library.get::<unsafe extern "C" fn($($argument),*) -> $result>($symbol) }?,)*
+                })
+            }
+        }
+    };
+}
+pub(crate) use functions;

@@ -1,0 +1,221 @@
+//! The native routes of a device: opened when first asked for, tested before their first product, disabled when they fail.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::Instant;
+
+use super::share::Share;
+use super::{
+    Accumulation, NativeRoute, Packing, Problem, Report, RouteReport, RouteState, selftest,
+};
+use crate::Context;
+use crate::engine::gpu::Gpu;
+
+/// All routes of this build on a device.
+#[derive(Debug, Default)]
+pub(crate) struct Registry {
+    entries: Vec<Arc<Entry>>,
+    /// Routes that could not be opened, and why.
+    absent: Vec<(&'static str, String)>,
+    /// One for each runtime.
+    shares: Vec<Arc<Mutex<Share>>>,
+}
+
+/// A route that is open.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    pub(crate) route: Arc<dyn NativeRoute>,
+    pub(crate) share: Arc<Mutex<Share>>,
+    state: Mutex<RouteState>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Entry {
+    pub(crate) fn share(&self) -> MutexGuard<'_, Share> {
+        lock(&self.share)
+    }
+
+    pub(crate) fn disable(&self, reason: String) {
+        log::warn!("native route {}: {reason}", self.route.name());
+        *lock(&self.state) = RouteState::Disabled(reason);
+    }
+
+    /// Runs the known-answer test if it has not run, and says whether the route may be used.
+    fn ready(self: &Arc<Self>, ctx: &Context) -> Result<(), String> {
+        // Held throughout: who comes second waits for the verdict.
+        let mut state = lock(&self.state);
+        if *state == RouteState::Untested {
+            let start = Instant::now();
+            *state = match selftest::run(ctx, self) {
+                Ok(()) => RouteState::Passed(start.elapsed()),
+                Err(reason) => {
+                    log::warn!("native route {}: {reason}", self.route.name());
+                    RouteState::Disabled(format!("known-answer test: {reason}"))
+                }
+            };
+        }
+        match &*state {
+            RouteState::Disabled(reason) => Err(reason.clone()),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Registry {
+    /// Opens what the build has for the device.
+    pub(crate) fn open(gpu: &Gpu) -> Registry {
+        let mut registry = Registry::default();
+        let opened = open_all(gpu);
+        for opened in opened {
+            match opened {
+                Err((name, reason)) => registry.absent.push((name, reason)),
+                Ok(route) => {
+                    let runtime = route.runtime();
+                    let known = registry.entries.iter().find(|entry: &&Arc<Entry>| {
+                        std::ptr::addr_eq(
+                            Arc::as_ptr(entry.route.runtime()),
+                            Arc::as_ptr(runtime),
+                        )
+                    });
+                    let share = match known {
+                        Some(entry) => Arc::clone(&entry.share),
+                        None => match Share::new(gpu, Arc::clone(runtime)) {
+                            Ok(share) => {
+                                let share = Arc::new(Mutex::new(share));
+                                registry.shares.push(Arc::clone(&share));
+                                share
+                            }
+                            Err(error) => {
+                                registry.absent.push((route.name(), error.to_string()));
+                                continue;
+                            }
+                        },
+                    };
+                    let state = Mutex::new(RouteState::Untested);
+                    registry.entries.push(Arc::new(Entry { route, share, state }));
+                }
+            }
+        }
+        registry
+    }
+
+    /// The first route that takes the problem and passed its test, or what each one says. `any`: also those that add up in
+    /// fewer bits.
+    pub(crate) fn choose(
+        &self,
+        ctx: &Context,
+        problem: &Problem,
+        any: bool,
+    ) -> Result<(Arc<Entry>, [Packing; 2]), String> {
+        let mut reasons = Vec::new();
+        for entry in &self.entries {
+            let name = entry.route.name();
+            if !any && entry.route.accumulation() == Accumulation::Fewer {
+                reasons.push(format!("{name}: adds up in fewer bits than f32, so only by name"));
+                continue;
+            }
+            match entry.route.accepts(problem).and_then(|p| entry.ready(ctx).map(|()| p)) {
+                Ok(packings) => return Ok((Arc::clone(entry), packings)),
+                Err(reason) => reasons.push(format!("{name}: {reason}")),
+            }
+        }
+        // One reason for several routes is said once.
+        let mut absent: Vec<(&str, Vec<&str>)> = Vec::new();
+        for (name, reason) in &self.absent {
+            match absent.iter_mut().find(|(known, _)| known == reason) {
+                Some((_, names)) => names.push(name),
+                None => absent.push((reason, vec![name])),
+            }
+        }
+        reasons.extend(
+            absent.into_iter().map(|(reason, names)| format!("{}: {reason}", names.join(", "))),
+        );
+        Err(if reasons.is_empty() { "none is built in".into() } else { reasons.join("; ") })
+    }
+
+    /// The open routes.
+    pub(crate) fn entries(&self) -> &[Arc<Entry>] {
+        &self.entries
+    }
+
+    /// What went wrong in a library's queue; nothing while a product is being handed over.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        for share in &self.shares {
+            let share = match share.try_lock() {
+                Ok(share) => share,
+                Err(TryLockError::Poisoned(share)) => share.into_inner(),
+                Err(TryLockError::WouldBlock) => continue,
+            };
+            share.check()?;
+        }
+        Ok(())
+    }
+
+    /// After a failure: lets wgpu's queue go on.
+    pub(crate) fn release(&self) {
+        for share in self.shares.iter().filter_map(|share| share.try_lock().ok()) {
+            share.release();
+        }
+    }
+
+    /// The buffers with the counts of products computed anew.
+    pub(crate) fn flags(&self) -> Vec<wgpu::Buffer> {
+        self.shares.iter().map(|share| lock(share).flags().clone()).collect()
+    }
+
+    /// What is there, without the count of products computed anew.
+    pub(crate) fn report(&self) -> Report {
+        let mut report = Report::default();
+        for entry in &self.entries {
+            let mut details = entry.route.describe();
+            details.extend(entry.route.runtime().describe());
+            report.routes.push(RouteReport {
+                name: entry.route.name().into(),
+                state: lock(&entry.state).clone(),
+                accumulation: Some(entry.route.accumulation()),
+                details,
+            });
+        }
+        for (name, reason) in &self.absent {
+            report.routes.push(RouteReport {
+                name: (*name).into(),
+                state: RouteState::Disabled(reason.clone()),
+                accumulation: None,
+                details: Vec::new(),
+            });
+        }
+        for share in &self.shares {
+            let share = lock(share);
+            report.sharing.extend(share.describe());
+            let traffic = &mut report.traffic;
+            traffic.products += share.traffic.products;
+            traffic.to_library += share.traffic.to_library;
+            traffic.from_library += share.traffic.from_library;
+            traffic.shared += share.traffic.shared;
+            traffic.host_waits += share.traffic.host_waits;
+        }
+        report
+    }
+}
+
+#[cfg(any(feature = "cuda", feature = "hip"))]
+fn open_all(gpu: &Gpu) -> Vec<Result<Arc<dyn NativeRoute>, (&'static str, String)>> {
+    #[allow(unused_mut)]
+    let mut all = Vec::new();
+    #[cfg(all(feature = "cuda", any(target_os = "linux", target_os = "windows")))]
+    match crate::engine::vulkan::uuid(&gpu.device) {
+        Some(uuid) => all.extend(super::cuda::open(&gpu.libraries, uuid)),
+        None => {
+            let reason = format!("the backend is {}, devices are matched by Vulkan", gpu.caps.backend);
+            all.push(Err(("cuda", reason)));
+        }
+    }
+    all
+}
+
+#[cfg(not(any(feature = "cuda", feature = "hip")))]
+fn open_all(_: &Gpu) -> Vec<Result<Arc<dyn NativeRoute>, (&'static str, String)>> {
+    Vec::new()
+}

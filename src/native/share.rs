@@ -1,0 +1,511 @@
+//! Memory and order between wgpu's device and a library's: what both see, and who waits for whom.
+//!
+//! On Vulkan a buffer's memory is allocated exportable and the library imports its file descriptor; a timeline semaphore goes
+//! the same way. Each product takes two values of it: wgpu's queue signals the first behind what packs the operands, the
+//! library's the second behind the product. A signal is attached to an empty submission that follows the packing, and a wait
+//! to the next submission: whichever that is, also one from another thread, it comes after what must come before, because
+//! semaphores order all that precedes and all that follows them in their queue.
+//!
+//! Without the semaphore the host waits for each side; without the memory, operands and sums go through the host.
+
+use std::sync::Arc;
+
+use ash::vk;
+
+use super::{Mapped, Runtime, Traffic};
+use crate::engine::Stream;
+use crate::engine::gpu::Gpu;
+use crate::{Error, Result};
+
+/// Buffers of a product: codes and scales of A and of B, sums.
+pub(crate) const ROLES: usize = 5;
+
+/// What a library and wgpu's device work on together. Products take turns in it.
+#[derive(Debug)]
+pub(crate) struct Share {
+    runtime: Arc<dyn Runtime>,
+    device: wgpu::Device,
+    /// Why memory is not shared, if it is not.
+    pub(crate) copied: Option<String>,
+    /// Or why it is not there.
+    timeline: std::result::Result<Timeline, String>,
+    buffers: [Option<Shared>; ROLES],
+    /// Word 0: a value was not held exactly; word 1: products computed anew.
+    flags: wgpu::Buffer,
+    /// Of conditional dispatches.
+    pub(crate) arguments: wgpu::Buffer,
+    pub(crate) traffic: Traffic,
+    /// Whether the library may still be at work on the buffers.
+    busy: bool,
+}
+
+#[derive(Debug)]
+struct Timeline {
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    semaphore: vk::Semaphore,
+    /// The last value that anyone was told to wait for.
+    value: u64,
+}
+
+/// A buffer that both see, or a pair that is copied.
+#[derive(Debug)]
+struct Shared {
+    buffer: wgpu::Buffer,
+    mapped: Mapped,
+    bytes: u64,
+}
+
+impl Share {
+    pub(crate) fn new(gpu: &Gpu, runtime: Arc<dyn Runtime>) -> Result<Share> {
+        let flags = gpu.create_buffer("mx.native.flags", 16)?;
+        let arguments = gpu.buffer("mx.native.arguments", 16, {
+            wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::INDIRECT
+        })?;
+        let memory = gpu.device.features().contains(wgpu::Features::VULKAN_EXTERNAL_MEMORY_FD);
+        let copied: Option<String> = match () {
+            () if cfg!(not(unix)) => Some("memory is shared by file descriptors, on Unix".into()),
+            () if !memory => Some("the device was opened without VK_KHR_external_memory_fd".into()),
+            () => None,
+        };
+        let timeline = match (&copied, gpu.external_semaphores) {
+            (Some(reason), _) => Err(reason.clone()),
+            (None, false) => {
+                Err("the device was opened without VK_KHR_external_semaphore_fd".into())
+            }
+            (None, true) => Timeline::new(gpu, &*runtime),
+        };
+        Ok(Share {
+            runtime,
+            device: gpu.device.clone(),
+            copied,
+            timeline,
+            buffers: Default::default(),
+            flags,
+            arguments,
+            traffic: Traffic::default(),
+            busy: false,
+        })
+    }
+
+    pub(crate) fn flags(&self) -> &wgpu::Buffer {
+        &self.flags
+    }
+
+    /// How memory is shared and work ordered.
+    pub(crate) fn describe(&self) -> [String; 2] {
+        [
+            match &self.copied {
+                None => "memory: exported by Vulkan, imported by the library".into(),
+                Some(reason) => format!("memory: copied through the host: {reason}"),
+            },
+            match &self.timeline {
+                Ok(_) => "order: a timeline semaphore".into(),
+                Err(reason) => format!("order: the host waits for each side: {reason}"),
+            },
+        ]
+    }
+
+    /// Buffers of at least so many bytes each. Where memory cannot be shared after all, they are copied from here on.
+    pub(crate) fn buffers(
+        &mut self,
+        gpu: &Gpu,
+        sizes: [u64; ROLES],
+    ) -> Result<[wgpu::Buffer; ROLES]> {
+        let mut out = Vec::with_capacity(ROLES);
+        let mut role = 0;
+        while role < ROLES {
+            match self.buffer(gpu, role, sizes[role]) {
+                Ok(buffer) => {
+                    out.push(buffer);
+                    role += 1;
+                }
+                Err(Error::Gpu(reason)) if self.copied.is_none() => {
+                    log::warn!("native routes: operands go through the host: {reason}");
+                    self.idle(gpu)?;
+                    for old in self.buffers.iter_mut().filter_map(Option::take) {
+                        self.runtime.release(old.mapped);
+                    }
+                    self.timeline = Err("memory is not shared".into());
+                    self.copied = Some(reason);
+                    out.clear();
+                    role = 0;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        out.try_into().map_err(|_| Error::Gpu("buffers of a native route".into()))
+    }
+
+    fn buffer(&mut self, gpu: &Gpu, role: usize, bytes: u64) -> Result<wgpu::Buffer> {
+        let bytes = bytes.next_multiple_of(256).max(256);
+        if let Some(shared) = &self.buffers[role] {
+            if shared.bytes >= bytes {
+                return Ok(shared.buffer.clone());
+            }
+            // It may be in use on both sides.
+            self.idle(gpu)?;
+        }
+        if let Some(old) = self.buffers[role].take() {
+            self.runtime.release(old.mapped);
+        }
+        let shared = match &self.copied {
+            None => self.exported(gpu, bytes)?,
+            Some(_) => Shared {
+                buffer: gpu.create_buffer("mx.native", bytes)?,
+                mapped: self.runtime.allocate(bytes).map_err(Error::Gpu)?,
+                bytes,
+            },
+        };
+        Ok(self.buffers[role].insert(shared).buffer.clone())
+    }
+
+    /// Where the library sees a buffer.
+    pub(crate) fn address(&self, role: usize) -> u64 {
+        self.buffers[role].as_ref().map_or(0, |shared| shared.mapped.address)
+    }
+
+    /// Waits until neither side works on the buffers.
+    fn idle(&mut self, gpu: &Gpu) -> Result<()> {
+        wait(gpu)?;
+        if self.busy {
+            self.runtime.synchronize().map_err(Error::Gpu)?;
+            self.busy = false;
+        }
+        Ok(())
+    }
+
+    /// Submits what was recorded, lets `run` put a product into the library's queue behind it, and makes what is recorded from
+    /// here on wait for that. `operands`: bytes of each buffer that the library reads; `sums`: that it writes.
+    pub(crate) fn hand_over(
+        &mut self,
+        gpu: &Gpu,
+        stream: &mut Stream<'_>,
+        operands: [u64; ROLES - 1],
+        sums: u64,
+        run: impl FnOnce() -> std::result::Result<(), String>,
+    ) -> Result<std::result::Result<(), String>> {
+        stream.submit_so_far()?;
+        self.busy = true;
+        let done = match &mut self.timeline {
+            Ok(timeline) => {
+                // A failure before the wait is attached leaves nothing waiting.
+                let value = timeline.value + 2;
+                timeline.value = value;
+                let semaphore = timeline.semaphore;
+                self.queue(gpu, |queue| queue.add_signal_semaphore(semaphore, Some(value - 1)))?;
+                gpu.checked("submit", 0, || gpu.queue.submit([]))?;
+                let queued = self
+                    .runtime
+                    .wait(value - 1)
+                    .and_then(|()| run())
+                    .and_then(|()| self.runtime.signal(value));
+                if queued.is_ok() {
+                    let stages = vk::PipelineStageFlags::ALL_COMMANDS;
+                    self.queue(gpu, |queue| {
+                        queue.add_wait_semaphore(semaphore, Some(value), stages);
+                    })?;
+                }
+                queued
+            }
+            Err(_) => {
+                self.traffic.host_waits += 1;
+                wait(gpu)?;
+                if self.copied.is_none() {
+                    run().and_then(|()| self.runtime.synchronize())
+                } else {
+                    self.through_the_host(gpu, operands, sums, run)?
+                }
+            }
+        };
+        if done.is_ok() {
+            self.traffic.products += 1;
+            if self.copied.is_none() {
+                self.traffic.shared += operands.iter().sum::<u64>() + sums;
+            }
+        }
+        Ok(done)
+    }
+
+    fn through_the_host(
+        &mut self,
+        gpu: &Gpu,
+        operands: [u64; ROLES - 1],
+        sums: u64,
+        run: impl FnOnce() -> std::result::Result<(), String>,
+    ) -> Result<std::result::Result<(), String>> {
+        let mut host = Vec::new();
+        for (shared, bytes) in self.buffers.iter().zip(operands) {
+            let Some(shared) = shared.as_ref().filter(|_| bytes > 0) else { continue };
+            host.clear();
+            pollster::block_on(gpu.read(&shared.buffer, bytes, &mut host))?;
+            if let Err(error) = self.runtime.upload(shared.mapped.address, &host) {
+                return Ok(Err(error));
+            }
+            self.traffic.to_library += bytes;
+        }
+        if let Err(error) = run() {
+            return Ok(Err(error));
+        }
+        let Some(shared) = &self.buffers[ROLES - 1] else { return Ok(Ok(())) };
+        host.clear();
+        host.resize(sums as usize, 0);
+        if let Err(error) = self.runtime.download(shared.mapped.address, &mut host) {
+            return Ok(Err(error));
+        }
+        self.traffic.from_library += sums;
+        gpu.write(&shared.buffer, &host)?;
+        Ok(Ok(()))
+    }
+
+    fn queue(&self, gpu: &Gpu, f: impl FnOnce(&wgpu::hal::vulkan::Queue)) -> Result<()> {
+        // SAFETY: the queue is only told of semaphores of its device's.
+        match unsafe { gpu.queue.as_hal::<wgpu::hal::api::Vulkan>() } {
+            Some(queue) => {
+                f(&queue);
+                Ok(())
+            }
+            None => Err(Error::Gpu("not a Vulkan queue".into())),
+        }
+    }
+
+    /// What went wrong in the library's queue.
+    pub(crate) fn check(&self) -> std::result::Result<(), String> {
+        if self.busy { self.runtime.check() } else { Ok(()) }
+    }
+
+    /// Lets the device's queue go on whose wait will never end.
+    pub(crate) fn release(&self) {
+        let Ok(timeline) = &self.timeline else { return };
+        // SAFETY: the semaphore is of this device, which `timeline` keeps.
+        let Some(hal) = (unsafe { timeline.device.as_hal::<wgpu::hal::api::Vulkan>() }) else {
+            return;
+        };
+        let signal =
+            vk::SemaphoreSignalInfo::default().semaphore(timeline.semaphore).value(timeline.value);
+        // SAFETY: as above; the library's queue, which would have set the value, has failed.
+        let signalled = unsafe { hal.raw_device().signal_semaphore(&signal) };
+        log::debug!("native: the timeline was set by the host: {signalled:?}");
+    }
+
+    #[cfg(not(unix))]
+    fn exported(&self, _: &Gpu, _: u64) -> Result<Shared> {
+        Err(Error::Gpu("memory is shared by file descriptors, on Unix".into()))
+    }
+
+    /// A buffer in memory of its own, which the library imports.
+    #[cfg(unix)]
+    fn exported(&self, gpu: &Gpu, bytes: u64) -> Result<Shared> {
+        use std::os::fd::FromRawFd;
+        gpu.check()?;
+        const HANDLE: vk::ExternalMemoryHandleTypeFlags =
+            vk::ExternalMemoryHandleTypeFlags::OPAQUE_FD;
+        let failed = |what: &'static str| {
+            move |error: vk::Result| match error {
+                vk::Result::ERROR_OUT_OF_DEVICE_MEMORY | vk::Result::ERROR_OUT_OF_HOST_MEMORY => {
+                    Error::OutOfMemory { what: "memory to share".into(), bytes }
+                }
+                vk::Result::ERROR_DEVICE_LOST => Error::DeviceLost(what.into()),
+                error => Error::Gpu(format!("{what}: {error}")),
+            }
+        };
+        // SAFETY: of all calls below: the handles are of one device, alive as long as `hal`; what is made is destroyed on
+        // failure, and handed to wgpu-hal, which destroys it, on success.
+        let Some(hal) = (unsafe { self.device.as_hal::<wgpu::hal::api::Vulkan>() }) else {
+            return Err(Error::Gpu("not a Vulkan device".into()));
+        };
+        let instance = hal.shared_instance().raw_instance();
+        let device = hal.raw_device();
+        let usage = vk::BufferUsageFlags::STORAGE_BUFFER
+            | vk::BufferUsageFlags::TRANSFER_SRC
+            | vk::BufferUsageFlags::TRANSFER_DST;
+        let mut external = vk::ExternalBufferProperties::default();
+        let question =
+            vk::PhysicalDeviceExternalBufferInfo::default().usage(usage).handle_type(HANDLE);
+        unsafe {
+            instance.get_physical_device_external_buffer_properties(
+                hal.raw_physical_device(),
+                &question,
+                &mut external,
+            );
+        }
+        let features = external.external_memory_properties.external_memory_features;
+        if !features.contains(vk::ExternalMemoryFeatureFlags::EXPORTABLE) {
+            return Err(Error::Gpu("the driver exports no storage buffers".into()));
+        }
+        let dedicated = features.contains(vk::ExternalMemoryFeatureFlags::DEDICATED_ONLY);
+        let mut handles = vk::ExternalMemoryBufferCreateInfo::default().handle_types(HANDLE);
+        let info = vk::BufferCreateInfo::default()
+            .size(bytes)
+            .usage(usage)
+            .sharing_mode(vk::SharingMode::EXCLUSIVE)
+            .push_next(&mut handles);
+        let buffer =
+            unsafe { device.create_buffer(&info, None) }.map_err(failed("vkCreateBuffer"))?;
+        let needs = unsafe { device.get_buffer_memory_requirements(buffer) };
+        let types =
+            unsafe { instance.get_physical_device_memory_properties(hal.raw_physical_device()) };
+        let kind = (0..types.memory_type_count).find(|i| {
+            let flags = types.memory_types[*i as usize].property_flags;
+            needs.memory_type_bits & (1 << i) != 0
+                && flags.contains(vk::MemoryPropertyFlags::DEVICE_LOCAL)
+        });
+        let kind = kind.unwrap_or_else(|| needs.memory_type_bits.trailing_zeros());
+        let mut export = vk::ExportMemoryAllocateInfo::default().handle_types(HANDLE);
+        let mut only = vk::MemoryDedicatedAllocateInfo::default().buffer(buffer);
+        let mut allocation = vk::MemoryAllocateInfo::default()
+            .allocation_size(needs.size)
+            .memory_type_index(kind)
+            .push_next(&mut export);
+        if dedicated {
+            allocation = allocation.push_next(&mut only);
+        }
+        let memory = match unsafe { device.allocate_memory(&allocation, None) } {
+            Ok(memory) => memory,
+            Err(error) => {
+                unsafe { device.destroy_buffer(buffer, None) };
+                return Err(failed("vkAllocateMemory")(error));
+            }
+        };
+        let share = || -> Result<Mapped> {
+            unsafe { device.bind_buffer_memory(buffer, memory, 0) }
+                .map_err(failed("vkBindBufferMemory"))?;
+            let files = ash::khr::external_memory_fd::Device::new(instance, device);
+            let question = vk::MemoryGetFdInfoKHR::default().memory(memory).handle_type(HANDLE);
+            let fd =
+                unsafe { files.get_memory_fd(&question) }.map_err(failed("vkGetMemoryFdKHR"))?;
+            let fd = unsafe { super::Fd::from_raw_fd(fd) };
+            self.runtime.import(fd, needs.size, dedicated).map_err(Error::Gpu)
+        };
+        let mapped = match share() {
+            Ok(mapped) => mapped,
+            Err(error) => {
+                unsafe {
+                    device.destroy_buffer(buffer, None);
+                    device.free_memory(memory, None);
+                }
+                return Err(error);
+            }
+        };
+        let buffer = unsafe {
+            wgpu::hal::vulkan::Buffer::from_raw_managed(buffer, memory, 0, needs.size)
+        };
+        let descriptor = wgpu::BufferDescriptor {
+            label: Some("mx.native"),
+            size: bytes,
+            usage: wgpu::BufferUsages::STORAGE
+                | wgpu::BufferUsages::COPY_SRC
+                | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        };
+        drop(hal);
+        let buffer = gpu.checked("mx.native", bytes, || unsafe {
+            self.device.create_buffer_from_hal::<wgpu::hal::api::Vulkan>(buffer, &descriptor)
+        });
+        match buffer {
+            Ok(buffer) => Ok(Shared { buffer, mapped, bytes }),
+            Err(error) => {
+                self.runtime.release(mapped);
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        // Buffers of wgpu's wait for its own device themselves.
+        if self.busy && self.runtime.synchronize().is_err() {
+            self.release();
+        }
+        for old in self.buffers.iter_mut().filter_map(Option::take) {
+            self.runtime.release(old.mapped);
+        }
+    }
+}
+
+/// Waits for all that was submitted.
+fn wait(gpu: &Gpu) -> Result<()> {
+    let (sender, receiver) = futures_channel::oneshot::channel();
+    gpu.queue.on_submitted_work_done(move || {
+        // The receiver is gone only if the waiting was given up.
+        let _ = sender.send(());
+    });
+    let done = pollster::block_on(gpu.wait(receiver));
+    gpu.check()?;
+    done.map_err(|_| Error::DeviceLost("work was cancelled".into()))
+}
+
+impl Timeline {
+    #[cfg(not(unix))]
+    fn new(_: &Gpu, _: &dyn Runtime) -> std::result::Result<Timeline, String> {
+        Err("semaphores are shared by file descriptors, on Unix".into())
+    }
+
+    #[cfg(unix)]
+    fn new(
+        gpu: &Gpu,
+        runtime: &dyn Runtime,
+    ) -> std::result::Result<Timeline, String> {
+        use std::os::fd::FromRawFd;
+        const HANDLE: vk::ExternalSemaphoreHandleTypeFlags =
+            vk::ExternalSemaphoreHandleTypeFlags::OPAQUE_FD;
+        // SAFETY: of all calls below: the handles are of one device, alive as long as `hal`.
+        let hal = unsafe { gpu.device.as_hal::<wgpu::hal::api::Vulkan>() }.ok_or("not Vulkan")?;
+        let instance = hal.shared_instance().raw_instance();
+        let raw = hal.raw_device();
+        let mut kind = vk::SemaphoreTypeCreateInfo::default()
+            .semaphore_type(vk::SemaphoreType::TIMELINE)
+            .initial_value(0);
+        let mut external = vk::ExternalSemaphoreProperties::default();
+        let mut kind_asked = kind;
+        let question = vk::PhysicalDeviceExternalSemaphoreInfo::default()
+            .handle_type(HANDLE)
+            .push_next(&mut kind_asked);
+        unsafe {
+            instance.get_physical_device_external_semaphore_properties(
+                hal.raw_physical_device(),
+                &question,
+                &mut external,
+            );
+        }
+        if !external
+            .external_semaphore_features
+            .contains(vk::ExternalSemaphoreFeatureFlags::EXPORTABLE)
+        {
+            return Err("the driver exports no timeline semaphores".into());
+        }
+        let mut export = vk::ExportSemaphoreCreateInfo::default().handle_types(HANDLE);
+        let info =
+            vk::SemaphoreCreateInfo::default().push_next(&mut kind).push_next(&mut export);
+        let semaphore = unsafe { raw.create_semaphore(&info, None) }
+            .map_err(|error| format!("vkCreateSemaphore: {error}"))?;
+        // Destroyed with it, also on failure.
+        let (device, queue) = (gpu.device.clone(), gpu.queue.clone());
+        let timeline = Timeline { device, queue, semaphore, value: 0 };
+        let files = ash::khr::external_semaphore_fd::Device::new(instance, raw);
+        let question = vk::SemaphoreGetFdInfoKHR::default().semaphore(semaphore).handle_type(HANDLE);
+        let fd = unsafe { files.get_semaphore_fd(&question) }
+            .map_err(|error| format!("vkGetSemaphoreFdKHR: {error}"))?;
+        let fd = unsafe { super::Fd::from_raw_fd(fd) };
+        drop(hal);
+        runtime.import_timeline(fd)?;
+        Ok(timeline)
+    }
+}
+
+impl Drop for Timeline {
+    fn drop(&mut self) {
+        // The queue must not be waiting for it, nor be told to.
+        // SAFETY: the queue is the device's.
+        if let Some(queue) = unsafe { self.queue.as_hal::<wgpu::hal::api::Vulkan>() } {
+            queue.remove_wait_semaphore(self.semaphore);
+        }
+        // An error is a lost device, which waits for nothing.
+        let _ = self.device.poll(wgpu::PollType::wait_indefinitely());
+        // SAFETY: the device is alive, and its queue idle.
+        if let Some(hal) = unsafe { self.device.as_hal::<wgpu::hal::api::Vulkan>() } {
+            unsafe { hal.raw_device().destroy_semaphore(self.semaphore, None) };
+        }
+    }
+}
