@@ -37,7 +37,8 @@ pub(crate) fn open(libraries: &Libraries, wanted: &Wanted) -> Vec<Opened> {
     let driver = match driver::Driver::open(libraries.hip.as_deref(), wanted) {
         Ok(driver) => Arc::new(driver),
         Err(reason) => {
-            let names = [blaslt::Scales::Plain.route(), blaslt::Scales::Swizzled.route(), kernel::NAME];
+            let names =
+                [blaslt::Scales::Plain.route(), blaslt::Scales::Swizzled.route(), kernel::NAME];
             return names.map(|name| Err((name, reason.clone()))).into();
         }
     };

@@ -15,7 +15,8 @@ use super::padded;
 use crate::formats::{Element, MxSpec, ScaleFormat};
 use crate::native::load::{Library, functions};
 use crate::native::{
-    Accumulation, Codes, Job, Mapped, NativeRoute, Packing, Problem, RouteScale, Runtime, ScaleLayout,
+    Accumulation, Codes, Job, Mapped, NativeRoute, Packing, Problem, RouteScale, Runtime,
+    ScaleLayout,
 };
 
 /// hipblasStatus_t.
@@ -236,7 +237,8 @@ impl Route {
     }
 
     fn key(problem: &Problem, shape: [usize; 3]) -> Result<Key, String> {
-        let of = |spec: MxSpec| data_type(spec.element).ok_or_else(|| format!("no type for {spec}"));
+        let of =
+            |spec: MxSpec| data_type(spec.element).ok_or_else(|| format!("no type for {spec}"));
         Ok(([of(problem.a)?, of(problem.b)?], shape))
     }
 
@@ -310,7 +312,11 @@ struct Descriptors<'a> {
 
 impl Descriptors<'_> {
     /// For lines of our A, lines of our B, and k; `scales` of our A and our B. With the device current.
-    fn new(route: &Route, (types, [m, n, k]): Key, scales: [u64; 2]) -> Result<Descriptors<'_>, String> {
+    fn new(
+        route: &Route,
+        (types, [m, n, k]): Key,
+        scales: [u64; 2],
+    ) -> Result<Descriptors<'_>, String> {
         let f = &route.lt.functions;
         let none = null_mut();
         let mut all = Descriptors { functions: f, desc: none, a: none, b: none, d: none };
@@ -425,4 +431,3 @@ impl NativeRoute for Route {
         &self.runtime
     }
 }
-

@@ -130,7 +130,11 @@ impl Functions {
     }
 
     /// Text that a function writes into a buffer of so many bytes.
-    fn text(&self, what: &str, f: impl FnOnce(*mut c_char, c_int) -> Status) -> Result<String, String> {
+    fn text(
+        &self,
+        what: &str,
+        f: impl FnOnce(*mut c_char, c_int) -> Status,
+    ) -> Result<String, String> {
         let mut buffer = [0u8; 256];
         self.check(what, f(buffer.as_mut_ptr().cast(), 255))?;
         let text = CStr::from_bytes_until_nul(&buffer).map_err(|_| format!("{what}: no text"))?;
@@ -188,21 +192,25 @@ impl Driver {
             }
             seen.push(address);
         }
-        let or_none = |list: &[String]| if list.is_empty() { "none".into() } else { list.join(", ") };
+        let or_none =
+            |list: &[String]| if list.is_empty() { "none".into() } else { list.join(", ") };
         let (device, address) = match &found[..] {
             [one] => one.clone(),
             [] => {
                 return Err(format!(
-                    "none of HIP's {count} devices is the one that is open: it is at {}, they are at {}",
+                    "none of HIP's {count} devices is the one that is open: it is at {} with UUID {}, they are at {}",
                     if wanted.pci.is_empty() { "no PCI address" } else { &wanted.pci },
+                    wanted
+                        .uuid
+                        .map_or("none".into(), |id| id.map(|byte| format!("{byte:02x}")).concat()),
                     or_none(&seen)
                 ));
             }
             _ => {
                 return Err(format!(
-                    "{} of HIP's devices are at {}, partitions of one: which is open cannot be told",
+                    "{} of HIP's devices, {}, answer to the one that is open: partitions of one cannot be told apart",
                     found.len(),
-                    wanted.pci
+                    seen.join(", ")
                 ));
             }
         };
@@ -233,7 +241,8 @@ impl Driver {
     /// Runs `f` with the device current in this thread.
     pub(crate) fn with<T>(&self, f: impl FnOnce() -> T) -> Result<T, String> {
         // SAFETY: the device exists.
-        self.functions.check("hipSetDevice", unsafe { (self.functions.set_device)(self.device) })?;
+        self.functions
+            .check("hipSetDevice", unsafe { (self.functions.set_device)(self.device) })?;
         Ok(f())
     }
 

@@ -11,7 +11,8 @@ use super::padded;
 use crate::formats::{Element, MxSpec, ScaleFormat};
 use crate::native::load::{Library, functions};
 use crate::native::{
-    Accumulation, Codes, Job, NativeRoute, Packing, Problem, RouteScale, Runtime, ScaleLayout, Scales,
+    Accumulation, Codes, Job, NativeRoute, Packing, Problem, RouteScale, Runtime, ScaleLayout,
+    Scales,
 };
 
 /// The route's name.
@@ -116,12 +117,18 @@ impl Route {
         }
         let log = String::from_utf8_lossy(&buffer);
         let first = log.trim_end_matches('\0').lines().find(|line| line.contains("error"));
-        Err(format!("hiprtc does not compile for gfx950: {}", first.unwrap_or("it does not say why")))
+        Err(format!(
+            "hiprtc does not compile for gfx950: {}",
+            first.unwrap_or("it does not say why")
+        ))
     }
 }
 
 fn packing(spec: MxSpec) -> Result<Packing, String> {
-    if spec.element != Element::E2M1 || spec.scale != ScaleFormat::E8M0 || spec.block.len() % 32 != 0 {
+    if spec.element != Element::E2M1
+        || spec.scale != ScaleFormat::E8M0
+        || spec.block.len() % 32 != 0
+    {
         return Err(format!("{spec} is not E2M1 under E8M0 scales of at least 32"));
     }
     let scales = Scales { format: RouteScale::E8m0, group: 32, layout: ScaleLayout::Rows };
