@@ -336,7 +336,7 @@ fn own_kernel(bench: &Bench) -> Result<(), Failed> {
     )?;
     contains(
         &log,
-        "launch 0x6000 grid 1 2 1 block 256 1 1 shared 0 stream 0x2000 m 150 n 40 k 224",
+        "launch 0x6000 grid 1 2 1 block 256 1 1 shared 0 stream 0x2000 m 160 n 48 k 224",
     )?;
     assert_eq!(log.matches("hiprtcCreateProgram").count(), 1);
     // It is for MXFP4 alone.
