@@ -24,6 +24,11 @@
 pub mod cuda;
 #[cfg(all(feature = "hip", any(target_os = "linux", target_os = "windows")))]
 pub mod hip;
+#[cfg(all(
+    any(feature = "cuda", feature = "hip"),
+    any(target_os = "linux", target_os = "windows")
+))]
+pub(crate) mod kernel;
 pub mod layout;
 #[cfg(all(
     any(feature = "cuda", feature = "hip"),

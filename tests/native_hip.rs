@@ -328,7 +328,7 @@ fn own_kernel(bench: &Bench) -> Result<(), Failed> {
     let log = standin.log();
     contains(
         &log,
-        "hiprtcCreateProgram mxf4.hip headers 0 kernel true\nhiprtc option --offload-arch=gfx950\nhiprtcDestroyProgram",
+        "hiprtcCreateProgram mxf4 headers 0 kernel true\nhiprtc option --offload-arch=gfx950\nhiprtcDestroyProgram",
     )?;
     contains(
         &log,
@@ -353,7 +353,7 @@ fn heuristic_refuses(bench: &Bench) -> Result<(), Failed> {
     for what in [
         "hipblaslt-mx: hipblasLtMatmulAlgoGetHeuristic: HIPBLAS_STATUS_NOT_SUPPORTED",
         "hipblaslt-mx-swizzled: hipblasLtMatmulAlgoGetHeuristic: HIPBLAS_STATUS_NOT_SUPPORTED",
-        "hip-mxfp4: hiprtc does not compile for gfx950: mxf4.hip:1:1: error: of the stand-in",
+        "hip-mxfp4: hiprtc does not compile it with --offload-arch=gfx950: mxf4.hip:1:1: error: of the stand-in",
     ] {
         contains(&text, what)?;
     }

@@ -59,7 +59,7 @@ pub(crate) fn open(libraries: &Libraries, wanted: &Wanted) -> Vec<Opened> {
             }
         }
     }
-    all.push(match kernel::Route::open(&driver) {
+    all.push(match kernel::open(&driver) {
         Ok(route) => Ok(Arc::new(route)),
         Err(reason) => Err((kernel::NAME, reason)),
     });

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::ptr::null_mut;
 
 use super::Wanted;
+use crate::native::kernel::Launcher;
 use crate::native::load::{Library, functions};
 use crate::native::{Fd, Mapped, Runtime};
 
@@ -255,9 +256,10 @@ impl Driver {
     pub(crate) fn stream(&self) -> *mut c_void {
         self.stream
     }
+}
 
-    /// Loads code, and finds the kernel `name` in it.
-    pub(crate) fn load(&self, code: &[u8], name: &CStr) -> Result<u64, String> {
+impl Launcher for Driver {
+    fn load(&self, code: &[u8], name: &CStr) -> Result<u64, String> {
         let modules = self.modules.as_ref().map_err(Clone::clone)?;
         let (mut module, mut function) = (null_mut(), null_mut());
         // SAFETY: the code is a whole code object; the library copies it.
@@ -271,12 +273,7 @@ impl Driver {
         Ok(function as u64)
     }
 
-    /// Puts a kernel into the stream.
-    ///
-    /// # Safety
-    /// `function` came from [`Driver::load`]; `arguments` point to values of the kernel's parameter types, and memory that these
-    /// name is as large as the kernel expects.
-    pub(crate) unsafe fn launch(
+    unsafe fn launch(
         &self,
         function: u64,
         grid: [u32; 2],
@@ -284,22 +281,11 @@ impl Driver {
         arguments: &mut [*mut c_void],
     ) -> Result<(), String> {
         let modules = self.modules.as_ref().map_err(Clone::clone)?;
-        let function = function as *mut c_void;
+        let (stream, none) = (self.stream, null_mut());
         // SAFETY: the caller's.
         self.call("hipModuleLaunchKernel", |_| unsafe {
-            (modules.launch)(
-                function,
-                grid[0],
-                grid[1],
-                1,
-                threads,
-                1,
-                1,
-                0,
-                self.stream,
-                arguments.as_mut_ptr(),
-                null_mut(),
-            )
+            let (function, values) = (function as *mut c_void, arguments.as_mut_ptr());
+            (modules.launch)(function, grid[0], grid[1], 1, threads, 1, 1, 0, stream, values, none)
         })
     }
 }
