@@ -6,146 +6,15 @@
 //! it cannot show: that a device keeps to its documentation, and how it adds up. No such device has run these kernels.
 #![cfg(target_os = "linux")]
 
-#[path = "emulator/cdna.rs"]
-mod cdna;
 mod common;
-#[path = "emulator/ptx.rs"]
-mod ptx;
-
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::Mutex;
+#[path = "emulator/mod.rs"]
+mod machine;
 
 use common::{to_f32, words};
+use machine::{CUDA, HIP_16, HIP_32, Kernel, Program};
 use microscaling::{
     Axis, Context, DType, DeviceChoice, Layout, MXFP4, Matmul, MatmulDesc, MxTensor, Options, Tier,
 };
-use tempfile::TempDir;
-
-/// A lane's registers at the tensor instruction, as tests/emulator/host.c has them.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct Lane {
-    a: [u32; 4],
-    b: [u32; 4],
-    sa: u32,
-    sb: u32,
-    selector: u32,
-    d: [f32; 16],
-}
-
-/// Twice the value of an E2M1 code, by its fields: OCP MX v1.0, table 5.
-pub fn e2m1(code: u32) -> i32 {
-    let (exponent, mantissa) = (code >> 1 & 3, code & 1);
-    let doubled = if exponent == 0 { mantissa } else { (2 + mantissa) << (exponent - 1) };
-    if code & 8 == 0 { doubled as i32 } else { -(doubled as i32) }
-}
-
-/// `d` plus a block's sum of products of doubled elements under its two scales.
-pub fn accumulate(d: f32, sum: i32, scales: [u8; 2]) -> f32 {
-    if scales.contains(&255) {
-        return f32::NAN;
-    }
-    let exponent: i32 = scales.iter().map(|scale| i32::from(*scale) - 127).sum();
-    d + (f64::from(sum) / 4.0 * 2f64.powi(exponent)) as f32
-}
-
-/// Which kernel, and on which machine it is emulated.
-#[derive(Clone, Copy)]
-struct Kernel {
-    file: &'static str,
-    warp: u32,
-    defines: &'static [&'static str],
-    tensor: extern "C" fn(*mut Lane),
-}
-
-const CUDA: Kernel =
-    Kernel { file: "src/native/cuda/mxf4.cu", warp: 32, defines: &[], tensor: ptx::m16n8k64 };
-const HIP_16: Kernel = Kernel {
-    file: "src/native/hip/mxf4.hip",
-    warp: 64,
-    defines: &["-DSIDE=16"],
-    tensor: cdna::mfma::<16>,
-};
-const HIP_32: Kernel = Kernel { defines: &["-DSIDE=32"], tensor: cdna::mfma::<32>, ..HIP_16 };
-
-type Emulate = unsafe extern "C" fn(
-    *const u8,
-    *const u8,
-    *const u8,
-    *const u8,
-    *mut f32,
-    u32,
-    u32,
-    u32,
-    u32,
-    i32,
-    extern "C" fn(*mut Lane),
-) -> i32;
-
-/// A kernel compiled for the host. One runs at a time.
-struct Program {
-    library: Mutex<libloading::Library>,
-    kernel: Kernel,
-    _dir: TempDir,
-}
-
-impl Program {
-    fn new(kernel: Kernel) -> Program {
-        Program::changed(kernel, &[])
-    }
-
-    /// With these replacements in its source, each of which must apply.
-    fn changed(kernel: Kernel, changes: &[[&str; 2]]) -> Program {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let mut source = std::fs::read_to_string(root.join(kernel.file)).unwrap();
-        for [from, to] in changes {
-            assert!(source.contains(from), "{} has no {from:?}", kernel.file);
-            source = source.replace(from, to);
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let (file, library) = (dir.path().join("kernel.c"), dir.path().join("kernel.so"));
-        std::fs::write(&file, source).unwrap();
-        // rustc's linker: it is there wherever this test was built.
-        let output = Command::new("cc")
-            .args(["-std=gnu11", "-O1", "-w", "-fPIC", "-shared", "-fno-strict-aliasing"])
-            .arg(format!("-DWARP={}", kernel.warp))
-            .arg(format!("-DKERNEL_FILE=\"{}\"", file.display()))
-            .args(kernel.defines)
-            .arg("-o")
-            .args([&library, &root.join("tests/emulator/host.c")] as [&PathBuf; 2])
-            .output()
-            .expect("a C compiler");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        // SAFETY: the library has no initialisers.
-        let library = unsafe { libloading::Library::new(&library) }.unwrap();
-        Program { library: Mutex::new(library), kernel, _dir: dir }
-    }
-
-    /// The sums [m, n] of operands as a route packs them.
-    fn run(&self, a: &Operand, b: &Operand, seed: u32, late: bool) -> Result<Vec<f32>, i32> {
-        let mut sums = vec![f32::NAN; a.lines * b.lines];
-        let library = self.library.lock().unwrap();
-        // SAFETY: the signature is host.c's, the slices have the lengths that it expects.
-        let code = unsafe {
-            let emulate: libloading::Symbol<Emulate> = library.get(b"emulate").unwrap();
-            emulate(
-                a.codes.as_ptr(),
-                a.scales.as_ptr(),
-                b.codes.as_ptr(),
-                b.scales.as_ptr(),
-                sums.as_mut_ptr(),
-                a.lines as u32,
-                b.lines as u32,
-                a.k as u32,
-                seed,
-                i32::from(late),
-                self.kernel.tensor,
-            )
-        };
-        if code == 0 { Ok(sums) } else { Err(code) }
-    }
-}
 
 /// An operand, packed as a route hands it over: scales relative to their line's anchor.
 struct Operand {
@@ -191,6 +60,18 @@ impl Operand {
     }
 }
 
+/// The kernel's sums.
+fn sums(
+    program: &Program,
+    a: &Operand,
+    b: &Operand,
+    seed: u32,
+    late: bool,
+) -> Result<Vec<f32>, i32> {
+    let operands = [&a.codes[..], &a.scales, &b.codes, &b.scales];
+    program.run(operands, [a.lines, b.lines, a.k], seed, late)
+}
+
 /// The product by the exact tier, on the CPU engine.
 fn exact(a: &Operand, b: &Operand) -> Vec<u32> {
     let options = Options { device: DeviceChoice::Cpu, ..Default::default() };
@@ -220,7 +101,7 @@ fn finished(sums: &[f32], a: &Operand, b: &Operand) -> Vec<u32> {
 
 #[track_caller]
 fn same_bits(program: &Program, a: &Operand, b: &Operand, seed: u32, late: bool) {
-    let sums = program.run(a, b, seed, late).unwrap_or_else(|code| panic!("host.c says {code}"));
+    let sums = sums(program, a, b, seed, late).unwrap_or_else(|code| panic!("host.c says {code}"));
     let (got, want) = (finished(&sums, a, b), exact(a, b));
     let wrong: Vec<_> = (0..got.len()).filter(|i| got[*i] != want[*i]).collect();
     if let Some(i) = wrong.first() {
@@ -303,7 +184,7 @@ fn one_perturbation(kernel: Kernel) {
                     operand.codes[line * 128 + block * 16 + line % 16] ^=
                         if line % 2 == 0 { 8 } else { 0x80 };
                 }
-                let sums = program.run(&a, &b, line as u32, false).unwrap();
+                let sums = sums(&program, &a, &b, line as u32, false).unwrap();
                 for (at, sum) in sums.iter().enumerate() {
                     let own = if on_a { at / n } else { at % n } == line;
                     let change = if scale { 32.0 } else { -2.0 };
@@ -336,7 +217,7 @@ fn a_nan_scale_makes_its_line_nan() {
         let program = Program::new(kernel);
         let (mut a, b) = (Operand::random(1, 20, 160, 3), Operand::random(2, 18, 160, 3));
         a.scales[7 * 5 + 3] = 255;
-        let sums = program.run(&a, &b, 0, true).unwrap();
+        let sums = sums(&program, &a, &b, 0, true).unwrap();
         for (at, sum) in sums.iter().enumerate() {
             assert_eq!(sum.is_nan(), at / 18 == 7, "{at}");
         }
@@ -389,7 +270,7 @@ fn planted_errors_are_found() {
     for (kernel, changes) in kernels {
         for change in changes {
             let program = Program::changed(kernel, &[*change]);
-            let found = (0..4).any(|seed| match program.run(&a, &b, seed, seed % 2 == 0) {
+            let found = (0..4).any(|seed| match sums(&program, &a, &b, seed, seed % 2 == 0) {
                 Ok(sums) => finished(&sums, &a, &b) != want,
                 Err(_) => true,
             });

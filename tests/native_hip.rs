@@ -5,6 +5,9 @@
 //! Stamped on the first Vulkan adapter; without one the tests show as ignored. `MX_TEST_GPU` as in tests/common/engines.rs.
 
 mod common;
+#[cfg(target_os = "linux")]
+#[path = "emulator/mod.rs"]
+mod machine;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,6 +27,8 @@ const SUITE: &[(&str, Test)] = &[
     ("swizzled_scales", swizzled),
     ("formats_in_any_mix", formats),
     ("own_kernel", own_kernel),
+    #[cfg(target_os = "linux")]
+    ("own_kernel_emulated", own_kernel_emulated),
     ("heuristic_refuses_everything", heuristic_refuses),
     ("other_formats_are_not_taken", other_formats),
     ("missing_functions", missing_functions),
@@ -72,6 +77,8 @@ enum Key {
     Load = 9,
     Queue = 10,
     Both = 11,
+    #[cfg(target_os = "linux")]
+    Emulate = 12,
 }
 
 #[derive(Clone)]
@@ -344,6 +351,23 @@ fn own_kernel(bench: &Bench) -> Result<(), Failed> {
     contains(&error.to_string(), "hip-mxfp4: mxfp8-e4m3/1x32 is not E2M1")
 }
 
+/// From tensors to y through packing, route and epilogue, the kernel's own code on emulated matrix cores in the middle.
+#[cfg(target_os = "linux")]
+fn own_kernel_emulated(bench: &Bench) -> Result<(), Failed> {
+    let program = machine::Program::new(machine::HIP_16);
+    let standin = bench.standin(&[]);
+    standin.set(Key::Modes, 0);
+    standin.set(Key::Emulate, program.address());
+    standin.set_number(13, program.kernel.tensor as usize as u64);
+    let ctx = bench.open(&standin);
+    for shape in [SHAPE, [150, 40, 96], [129, 130, 64]] {
+        contains(&right(&ctx, shape, MXFP4, MXFP4, Tier::Native), "hip-mxfp4:")?;
+    }
+    // The known-answer test's seven products, and these.
+    assert_eq!(standin.log().matches("emulated 0").count(), 10);
+    Ok(())
+}
+
 fn heuristic_refuses(bench: &Bench) -> Result<(), Failed> {
     let standin = bench.standin(&[]);
     standin.set(Key::Modes, 0);
@@ -419,7 +443,7 @@ fn versions(bench: &Bench) -> Result<(), Failed> {
     contains(&bench.reasons(&ctx), "HIP 6.4.43484 is too old, 7.0.0 is the oldest that will do")?;
     contains(
         &right(&ctx, SHAPE, MXFP4, MXFP4, Tier::Auto),
-        "no native route: hipblaslt-mx, hipblaslt-mx-swizzled, hip-mxfp4: HIP 6.4",
+        "hipblaslt-mx, hipblaslt-mx-swizzled, hip-mxfp4: HIP 6.4",
     )?;
     let standin = bench.standin(&[]);
     standin.set(Key::BlasVersion, 1_201);

@@ -10,6 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 #include <stdlib.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -239,6 +240,9 @@ static void unguarded(void *at, size_t bytes)
 int emulate(const uint8_t *a, const uint8_t *a_scales, const uint8_t *b, const uint8_t *b_scales, float *sums, uint32_t m,
             uint32_t n, uint32_t k, uint32_t seed, int late, void (*tensor)(Lane *))
 {
+    // One grid at a time: what follows is in static variables.
+    static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
+    pthread_mutex_lock(&turn);
     size_t bytes[5] = {(size_t)m * k / 2, (size_t)m * k / 32, (size_t)n * k / 2, (size_t)n * k / 32, (size_t)m * n * 4};
     arguments = (Arguments){guarded(a, bytes[0]), guarded(a_scales, bytes[1]), guarded(b, bytes[2]), guarded(b_scales, bytes[3]),
                             guarded(sums, bytes[4]), m, n, k};
@@ -254,5 +258,6 @@ int emulate(const uint8_t *a, const uint8_t *a_scales, const uint8_t *b, const u
     const void *all[5] = {arguments.a, arguments.a_scales, arguments.b, arguments.b_scales, arguments.sums};
     for (int i = 0; i < 5; i++)
         unguarded((void *)all[i], bytes[i]);
+    pthread_mutex_unlock(&turn);
     return result;
 }

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 static LOG: Mutex<String> = Mutex::new(String::new());
 
 /// What the suite sets, by number; see `Key` there.
-static SETTINGS: [AtomicU64; 12] = [
+static SETTINGS: [AtomicU64; 14] = [
     AtomicU64::new(0), // 0, 1: the UUID of device 1, big-endian.
     AtomicU64::new(0),
     AtomicU64::new(70_126_015), // 2: the runtime's version.
@@ -24,6 +24,8 @@ static SETTINGS: [AtomicU64; 12] = [
     AtomicU64::new(0), // 9: what hipModuleLoadData returns.
     AtomicU64::new(0), // 10: what hipStreamSynchronize returns.
     AtomicU64::new(0), // 11: whether device 0 has the UUID too.
+    AtomicU64::new(0), // 12, 13: `emulate` of tests/emulator/host.c, and the emulator that it hands lanes to.
+    AtomicU64::new(0),
 ];
 
 fn setting(key: usize) -> u64 {
@@ -250,6 +252,16 @@ pub unsafe extern "C" fn hipModuleLaunchKernel(
     log(format!(
         "launch {function:?} grid {gx} {gy} {gz} block {bx} {by} {bz} shared {shared} stream {stream:?} m {m} n {n} k {k}"
     ));
+    if setting(12) != 0 {
+        type Emulate =
+            unsafe extern "C" fn(u64, u64, u64, u64, u64, u32, u32, u32, u32, i32, u64) -> c_int;
+        let [a, a_scales, b, b_scales, sums] = [0, 1, 2, 3, 4].map(address);
+        // All of the kernel's code, on emulated matrix cores.
+        let emulate: Emulate = unsafe { std::mem::transmute(setting(12) as usize) };
+        let code = unsafe { emulate(a, a_scales, b, b_scales, sums, m, n, k, 1, 1, setting(13)) };
+        log(format!("emulated {code}"));
+        return if code == 0 { current() } else { 719 };
+    }
     let a = Layout { kind: 33, rows: u64::from(k), columns: u64::from(m), ld: i64::from(k) };
     let b = Layout { columns: u64::from(n), ..a };
     unsafe {
