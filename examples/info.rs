@@ -1,8 +1,15 @@
 //! What this machine offers: every adapter and the CPU engine, capability by capability, each with its reason.
 //!
 //! `cargo run --release --example info [-- --json] [-- --selftest]`
+//! `cargo run --release --features cuda --example info -- --native --evidence DIR`
+
+#[path = "shared/evidence.rs"]
+mod evidence;
+#[path = "shared/output.rs"]
+mod output;
 
 use std::io::Write;
+use std::path::PathBuf;
 
 use clap::Parser;
 use microscaling::engine::{self, caps::Caps};
@@ -21,7 +28,18 @@ struct Args {
     /// Only devices whose name contains this ("cpu" for the CPU engine).
     #[arg(long, value_name = "NAME")]
     device: Option<String>,
+    /// Open the native routes of every GPU, run their known-answer tests and products on them, and measure.
+    #[arg(long)]
+    native: bool,
+    /// Write what --native found to native.json in this folder: a file to send.
+    #[arg(long, value_name = "DIR", requires = "native")]
+    evidence: Option<PathBuf>,
+    /// Measure --native's small sizes only.
+    #[arg(long, requires = "native")]
+    quick: bool,
 }
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 fn main() {
     env_logger::init();
@@ -31,7 +49,7 @@ fn main() {
     }
 }
 
-fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
+fn run(args: &Args) -> Result<()> {
     let wanted = |name: &str| {
         args.device.as_ref().is_none_or(|d| name.to_lowercase().contains(&d.to_lowercase()))
     };
@@ -57,6 +75,7 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         Vec::new()
     };
     let mut report = Vec::new();
+    let mut natives = Vec::new();
     let mut failed = Vec::new();
     for (caps, adapter) in &devices {
         if !args.json {
@@ -89,7 +108,23 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
                 .collect();
             result["selftest"] = json!({ "different": wrong, "digests": digests });
         }
+        if let (true, Some(adapter)) = (args.native, adapter) {
+            let ctx = pollster::block_on(Context::on_adapter(adapter, &Options::default()))?;
+            let gathered = evidence::gather(&ctx, args.quick, |line| {
+                if !args.json {
+                    println!("{line}");
+                }
+            })?;
+            if !args.json {
+                println!();
+            }
+            result["native"] = gathered.clone();
+            natives.push(gathered);
+        }
         report.push(result);
+    }
+    if let Some(folder) = &args.evidence {
+        eprintln!("{}", evidence::write(folder, &natives)?);
     }
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
@@ -124,7 +159,7 @@ fn caps_json(caps: &Caps) -> serde_json::Value {
 fn selftest_on(
     adapter: Option<&wgpu::Adapter>,
     quiet: bool,
-) -> Result<Vec<selftest::Digest>, microscaling::Error> {
+) -> std::result::Result<Vec<selftest::Digest>, microscaling::Error> {
     let ctx = match adapter {
         None => Context::cpu(),
         Some(adapter) => pollster::block_on(Context::on_adapter(adapter, &Options::default()))?,

@@ -344,10 +344,21 @@ impl Context {
     /// What native routes this context has, what became of them, and what they moved. Opens them if that has not happened.
     /// Waits as [`Context::read`].
     pub async fn native(&self) -> Result<crate::native::Report> {
+        self.native_report(false).await
+    }
+
+    /// The same, after every route's known-answer test. Submits products and waits for them.
+    pub async fn test_native(&self) -> Result<crate::native::Report> {
+        self.native_report(true).await
+    }
+
+    #[cfg_attr(any(target_arch = "wasm32", target_vendor = "apple"), allow(unused_variables))]
+    async fn native_report(&self, test: bool) -> Result<crate::native::Report> {
         #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
         if let Engine::Gpu(gpu) = self.engine() {
-            let mut report = gpu.native().report();
-            for flags in gpu.native().flags() {
+            let native = gpu.native();
+            let mut report = if test { native.test(self) } else { native.report() };
+            for flags in native.flags() {
                 let bytes = self.read_buffer(&flags, 8).await?;
                 let count: u32 = bytemuck::pod_read_unaligned(&bytes[4..8]);
                 report.recomputed += u64::from(count);
@@ -570,9 +581,9 @@ impl Stream<'_> {
             });
         };
         self.split.get_or_insert_with(std::time::Instant::now);
-        let next = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor {
-            label: Some("mx.stream"),
-        });
+        let next = gpu
+            .device
+            .create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("mx.stream") });
         let recorded = std::mem::replace(&mut **encoder, next);
         gpu.checked("submit", 0, || {
             gpu.queue.submit([recorded.finish()]);

@@ -75,8 +75,8 @@ pub(crate) struct Extras {
 impl Extras {
     /// What the adapter has of it and the features can use.
     pub(crate) fn of(adapter: &wgpu::Adapter, features: wgpu::Features) -> Extras {
-        let matrices = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX
-            | wgpu::Features::PASSTHROUGH_SHADERS;
+        let matrices =
+            wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::PASSTHROUGH_SHADERS;
         Extras {
             bf16: features.contains(matrices) && bf16_matrices(adapter),
             external_semaphores: features.contains(wgpu::Features::VULKAN_EXTERNAL_MEMORY_FD)

@@ -362,7 +362,13 @@ impl Matmul {
                     let why = format!("{}: {problem}", entry.route.name());
                     let next = Box::new(Matmul::without_native(ctx, desc)?);
                     let native = Some(native::Native { entry, packings, problem, next });
-                    return Ok(Matmul { desc: *desc, tier: Tier::Native, why, slice: None, native });
+                    return Ok(Matmul {
+                        desc: *desc,
+                        tier: Tier::Native,
+                        why,
+                        slice: None,
+                        native,
+                    });
                 }
                 Some(Err(has)) if named => {
                     return Err(Error::Unsupported {

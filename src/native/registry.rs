@@ -74,10 +74,7 @@ impl Registry {
                 Ok(route) => {
                     let runtime = route.runtime();
                     let known = registry.entries.iter().find(|entry: &&Arc<Entry>| {
-                        std::ptr::addr_eq(
-                            Arc::as_ptr(entry.route.runtime()),
-                            Arc::as_ptr(runtime),
-                        )
+                        std::ptr::addr_eq(Arc::as_ptr(entry.route.runtime()), Arc::as_ptr(runtime))
                     });
                     let share = match known {
                         Some(entry) => Arc::clone(&entry.share),
@@ -135,9 +132,30 @@ impl Registry {
         Err(if reasons.is_empty() { "none is built in".into() } else { reasons.join("; ") })
     }
 
-    /// The open routes.
-    pub(crate) fn entries(&self) -> &[Arc<Entry>] {
-        &self.entries
+    /// Runs the known-answer test of every open route that takes its problem, and reports. A route that declines it shows as
+    /// disabled there, and may still take other problems.
+    pub(crate) fn test(&self, ctx: &Context) -> Report {
+        let declined: Vec<_> = self
+            .entries
+            .iter()
+            .filter_map(|entry| {
+                if let Err(reason) = entry.route.accepts(&selftest::problem(&*entry.route)) {
+                    return Some((entry.route.name(), reason));
+                }
+                // What it says is kept with the route.
+                let _ = entry.ready(ctx);
+                None
+            })
+            .collect();
+        let mut report = self.report();
+        for (name, reason) in declined {
+            for route in report.routes.iter_mut().filter(|route| route.name == name) {
+                if route.state == RouteState::Untested {
+                    route.state = RouteState::Disabled(format!("declines: {reason}"));
+                }
+            }
+        }
+        report
     }
 
     /// What went wrong in a library's queue; nothing while a product is being handed over.
@@ -208,7 +226,8 @@ fn open_all(gpu: &Gpu) -> Vec<Result<Arc<dyn NativeRoute>, (&'static str, String
     match crate::engine::vulkan::uuid(&gpu.device) {
         Some(uuid) => all.extend(super::cuda::open(&gpu.libraries, uuid)),
         None => {
-            let reason = format!("the backend is {}, devices are matched by Vulkan", gpu.caps.backend);
+            let reason =
+                format!("the backend is {}, devices are matched by Vulkan", gpu.caps.backend);
             all.push(Err(("cuda", reason)));
         }
     }

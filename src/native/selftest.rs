@@ -8,6 +8,7 @@
 use std::sync::Arc;
 
 use super::registry::Entry;
+use super::{NativeRoute, Problem};
 use crate::formats::{Layout, MxSpec, MxTensor};
 use crate::rng::{ROUNDS, threefry4x32};
 use crate::{Axis, Context, DType, Element, Matmul, MatmulDesc, ScaleFormat, Tier};
@@ -20,6 +21,12 @@ const K: usize = 352;
 /// Places whose scales are doubled: side, line, block of 32.
 const PLACES: [(usize, usize, usize); 6] =
     [(0, 0, 0), (0, 33, 5), (0, 160, 10), (1, 149, 9), (1, 64, 3), (1, 128, 0)];
+
+/// The test's problem.
+pub(crate) fn problem(route: &dyn NativeRoute) -> Problem {
+    let [a, b] = route.sample();
+    Problem { m: M, n: N, k: K, a, b }
+}
 
 /// Runs the test; says what was wrong.
 pub(crate) fn run(ctx: &Context, entry: &Arc<Entry>) -> Result<(), String> {
@@ -68,7 +75,12 @@ fn product(
         ..Default::default()
     };
     let cpu = Context::cpu();
-    let want = multiply(&cpu, &Matmul::new(&cpu, &MatmulDesc { tier: Tier::Auto, ..desc }).map_err(say)?, operands, false)?;
+    let want = multiply(
+        &cpu,
+        &Matmul::new(&cpu, &MatmulDesc { tier: Tier::Auto, ..desc }).map_err(say)?,
+        operands,
+        false,
+    )?;
     let got = multiply(ctx, &Matmul::on_route(ctx, &desc, entry).map_err(say)?, operands, true)?;
     match (0..M * N).find(|at| got[*at] != want[*at]) {
         None => Ok(got),

@@ -387,9 +387,8 @@ impl Share {
                 return Err(error);
             }
         };
-        let buffer = unsafe {
-            wgpu::hal::vulkan::Buffer::from_raw_managed(buffer, memory, 0, needs.size)
-        };
+        let buffer =
+            unsafe { wgpu::hal::vulkan::Buffer::from_raw_managed(buffer, memory, 0, needs.size) };
         let descriptor = wgpu::BufferDescriptor {
             label: Some("mx.native"),
             size: bytes,
@@ -443,10 +442,7 @@ impl Timeline {
     }
 
     #[cfg(unix)]
-    fn new(
-        gpu: &Gpu,
-        runtime: &dyn Runtime,
-    ) -> std::result::Result<Timeline, String> {
+    fn new(gpu: &Gpu, runtime: &dyn Runtime) -> std::result::Result<Timeline, String> {
         use std::os::fd::FromRawFd;
         const HANDLE: vk::ExternalSemaphoreHandleTypeFlags =
             vk::ExternalSemaphoreHandleTypeFlags::OPAQUE_FD;
@@ -476,15 +472,15 @@ impl Timeline {
             return Err("the driver exports no timeline semaphores".into());
         }
         let mut export = vk::ExportSemaphoreCreateInfo::default().handle_types(HANDLE);
-        let info =
-            vk::SemaphoreCreateInfo::default().push_next(&mut kind).push_next(&mut export);
+        let info = vk::SemaphoreCreateInfo::default().push_next(&mut kind).push_next(&mut export);
         let semaphore = unsafe { raw.create_semaphore(&info, None) }
             .map_err(|error| format!("vkCreateSemaphore: {error}"))?;
         // Destroyed with it, also on failure.
         let (device, queue) = (gpu.device.clone(), gpu.queue.clone());
         let timeline = Timeline { device, queue, semaphore, value: 0 };
         let files = ash::khr::external_semaphore_fd::Device::new(instance, raw);
-        let question = vk::SemaphoreGetFdInfoKHR::default().semaphore(semaphore).handle_type(HANDLE);
+        let question =
+            vk::SemaphoreGetFdInfoKHR::default().semaphore(semaphore).handle_type(HANDLE);
         let fd = unsafe { files.get_semaphore_fd(&question) }
             .map_err(|error| format!("vkGetSemaphoreFdKHR: {error}"))?;
         let fd = unsafe { super::Fd::from_raw_fd(fd) };
@@ -506,6 +502,251 @@ impl Drop for Timeline {
         // SAFETY: the device is alive, and its queue idle.
         if let Some(hal) = unsafe { self.device.as_hal::<wgpu::hal::api::Vulkan>() } {
             unsafe { hal.raw_device().destroy_semaphore(self.semaphore, None) };
+        }
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use std::os::unix::fs::FileExt;
+    use std::sync::Mutex;
+    use std::sync::mpsc::{Sender, channel};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::engine::Engine;
+    use crate::kernels::Copy;
+    use crate::{Context, DType, Options, Tensor};
+
+    /// What the queue of a library would do, a step after the other.
+    enum Step {
+        Wait(u64),
+        Run(Box<dyn FnOnce() + Send>),
+        Signal(u64),
+    }
+
+    /// A runtime whose queue is a thread, whose memory are the files that a software driver exports, and whose semaphore is
+    /// wgpu's own: the order of [`Share::hand_over`] is the same as with a library that imported it.
+    struct Slow {
+        steps: Sender<Step>,
+        files: Mutex<Vec<Arc<(std::fs::File, u64)>>>,
+    }
+
+    impl std::fmt::Debug for Slow {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("Slow")
+        }
+    }
+
+    impl Slow {
+        fn new(device: wgpu::Device, semaphore: vk::Semaphore) -> Slow {
+            let (steps, received) = channel();
+            std::thread::spawn(move || {
+                for step in received {
+                    // SAFETY: the semaphore is of this device, and outlives the last step.
+                    let hal = unsafe { device.as_hal::<wgpu::hal::api::Vulkan>() }.unwrap();
+                    let raw = hal.raw_device().clone();
+                    drop(hal);
+                    std::thread::sleep(Duration::from_millis(3));
+                    match step {
+                        Step::Run(run) => run(),
+                        Step::Wait(value) => {
+                            let (semaphores, values) = ([semaphore], [value]);
+                            let info = vk::SemaphoreWaitInfo::default()
+                                .semaphores(&semaphores)
+                                .values(&values);
+                            // SAFETY: as above.
+                            unsafe { raw.wait_semaphores(&info, 20_000_000_000) }.unwrap();
+                        }
+                        Step::Signal(value) => {
+                            let info = vk::SemaphoreSignalInfo::default()
+                                .semaphore(semaphore)
+                                .value(value);
+                            // SAFETY: as above.
+                            unsafe { raw.signal_semaphore(&info) }.unwrap();
+                        }
+                    }
+                }
+            });
+            Slow { steps, files: Mutex::default() }
+        }
+
+        fn file(&self, address: u64) -> Arc<(std::fs::File, u64)> {
+            Arc::clone(&self.files.lock().unwrap()[address as usize - 1])
+        }
+    }
+
+    impl Runtime for Slow {
+        fn describe(&self) -> Vec<(String, String)> {
+            Vec::new()
+        }
+        fn allocate(&self, _: u64) -> std::result::Result<Mapped, String> {
+            Err("no memory of its own".into())
+        }
+        fn import(
+            &self,
+            fd: super::super::Fd,
+            bytes: u64,
+            _: bool,
+        ) -> std::result::Result<Mapped, String> {
+            let file = std::fs::File::from(fd);
+            let len = file.metadata().map_err(|error| error.to_string())?.len();
+            let mut offset = [0; 8];
+            if len > bytes {
+                // Mesa's header: its second word says where the memory starts.
+                file.read_exact_at(&mut offset, 8).map_err(|error| error.to_string())?;
+            }
+            let mut files = self.files.lock().unwrap();
+            files.push(Arc::new((file, u64::from_ne_bytes(offset))));
+            Ok(Mapped { address: files.len() as u64, handle: 0 })
+        }
+        fn release(&self, _: Mapped) {}
+        fn upload(&self, _: u64, _: &[u8]) -> std::result::Result<(), String> {
+            Err("no copies".into())
+        }
+        fn download(&self, _: u64, _: &mut [u8]) -> std::result::Result<(), String> {
+            Err("no copies".into())
+        }
+        fn import_timeline(&self, _: super::super::Fd) -> std::result::Result<(), String> {
+            Ok(())
+        }
+        fn wait(&self, value: u64) -> std::result::Result<(), String> {
+            self.steps.send(Step::Wait(value)).map_err(|error| error.to_string())
+        }
+        fn signal(&self, value: u64) -> std::result::Result<(), String> {
+            self.steps.send(Step::Signal(value)).map_err(|error| error.to_string())
+        }
+        fn synchronize(&self) -> std::result::Result<(), String> {
+            let (sender, receiver) = channel();
+            let run = Box::new(move || sender.send(()).unwrap_or(()));
+            self.steps.send(Step::Run(run)).map_err(|error| error.to_string())?;
+            receiver.recv().map_err(|error| error.to_string())
+        }
+        fn check(&self) -> std::result::Result<(), String> {
+            Ok(())
+        }
+    }
+
+    /// Work of two queues on the same memory, in turns, without the host waiting: any order but the right one shows.
+    #[test]
+    fn a_timeline_orders_both_queues() {
+        let adapters = pollster::block_on(crate::engine::adapters(false));
+        let Some(adapter) = adapters.iter().find(|adapter| {
+            adapter.get_info().device_type == wgpu::DeviceType::Cpu
+                && adapter.features().contains(wgpu::Features::VULKAN_EXTERNAL_MEMORY_FD)
+        }) else {
+            eprintln!("no software adapter exports memory here: not tested");
+            return;
+        };
+        let ctx = pollster::block_on(Context::on_adapter(adapter, &Options::default())).unwrap();
+        let Engine::Gpu(gpu) = ctx.engine() else { return };
+        if !gpu.device.features().contains(wgpu::Features::VULKAN_EXTERNAL_MEMORY_FD) {
+            eprintln!("built without a native route: not tested");
+            return;
+        }
+        let semaphore = {
+            // SAFETY: the semaphore is destroyed by the timeline that it is put into.
+            let hal = unsafe { gpu.device.as_hal::<wgpu::hal::api::Vulkan>() }.unwrap();
+            let mut kind =
+                vk::SemaphoreTypeCreateInfo::default().semaphore_type(vk::SemaphoreType::TIMELINE);
+            let info = vk::SemaphoreCreateInfo::default().push_next(&mut kind);
+            // SAFETY: as above.
+            unsafe { hal.raw_device().create_semaphore(&info, None) }.unwrap()
+        };
+        let slow = Arc::new(Slow::new(gpu.device.clone(), semaphore));
+        let mut share = Share::new(gpu, Arc::<Slow>::clone(&slow)).unwrap();
+        let (device, queue) = (gpu.device.clone(), gpu.queue.clone());
+        share.timeline = Ok(Timeline { device, queue, semaphore, value: 0 });
+
+        const LEN: usize = 1000;
+        let bytes = (LEN * 4) as u64;
+        let copy = Copy::new(&ctx);
+        let mut stream = ctx.stream();
+        let mut outs = Vec::new();
+        for i in 0..12u32 {
+            let values: Vec<f32> = (0..LEN).map(|j| (1000 * i + j as u32) as f32).collect();
+            let x = ctx.upload(DType::F32, 1, LEN, bytemuck::cast_slice(&values)).unwrap();
+            let buffers = share.buffers(gpu, [bytes, 0, 0, 0, bytes]).unwrap();
+            let over = |buffer: &wgpu::Buffer| {
+                Tensor::from_buffer(&ctx, DType::F32, 1, LEN, buffer.clone()).unwrap()
+            };
+            copy.record(&mut stream, &x, &mut over(&buffers[0])).unwrap();
+            let (from, to) = (slow.file(share.address(0)), slow.file(share.address(4)));
+            let steps = slow.steps.clone();
+            let run = move || {
+                let run = Box::new(move || {
+                    let mut data = vec![0; LEN * 4];
+                    from.0.read_exact_at(&mut data, from.1).unwrap();
+                    let values: &mut [f32] = bytemuck::cast_slice_mut(&mut data);
+                    values.iter_mut().for_each(|value| *value += 0.5);
+                    to.0.write_all_at(&data, to.1).unwrap();
+                });
+                steps.send(Step::Run(run)).map_err(|error| error.to_string())
+            };
+            share.hand_over(gpu, &mut stream, [bytes, 0, 0, 0], bytes, run).unwrap().unwrap();
+            let mut out = ctx.zeros(DType::F32, 1, LEN).unwrap();
+            copy.record(&mut stream, &over(&buffers[4]), &mut out).unwrap();
+            outs.push((values, out));
+        }
+        ctx.submit(stream).unwrap();
+        for (values, out) in &outs {
+            let got: Vec<f32> = bytemuck::pod_collect_to_vec(&ctx.read_blocking(out).unwrap());
+            let want: Vec<f32> = values.iter().map(|value| value + 0.5).collect();
+            assert!(got == want, "{:?} instead of {:?}", &got[..4], &want[..4]);
+        }
+        assert_eq!((share.traffic.products, share.traffic.host_waits), (12, 0));
+
+        // A queue that failed: the value never comes, and the host lets wgpu's queue go.
+        let mut stream = ctx.stream();
+        let broken = Broken(Arc::clone(&slow));
+        share.runtime = Arc::new(broken);
+        share.hand_over(gpu, &mut stream, [0; 4], 0, || Ok(())).unwrap().unwrap();
+        ctx.submit(stream).unwrap();
+        share.release();
+        ctx.wait_blocking().unwrap();
+        share.runtime = slow;
+    }
+
+    /// A runtime whose signals are lost.
+    #[derive(Debug)]
+    struct Broken(Arc<Slow>);
+
+    impl Runtime for Broken {
+        fn describe(&self) -> Vec<(String, String)> {
+            Vec::new()
+        }
+        fn allocate(&self, bytes: u64) -> std::result::Result<Mapped, String> {
+            self.0.allocate(bytes)
+        }
+        fn import(
+            &self,
+            fd: super::super::Fd,
+            bytes: u64,
+            only: bool,
+        ) -> std::result::Result<Mapped, String> {
+            self.0.import(fd, bytes, only)
+        }
+        fn release(&self, _: Mapped) {}
+        fn upload(&self, to: u64, bytes: &[u8]) -> std::result::Result<(), String> {
+            self.0.upload(to, bytes)
+        }
+        fn download(&self, from: u64, bytes: &mut [u8]) -> std::result::Result<(), String> {
+            self.0.download(from, bytes)
+        }
+        fn import_timeline(&self, fd: super::super::Fd) -> std::result::Result<(), String> {
+            self.0.import_timeline(fd)
+        }
+        fn wait(&self, value: u64) -> std::result::Result<(), String> {
+            self.0.wait(value)
+        }
+        fn signal(&self, _: u64) -> std::result::Result<(), String> {
+            Ok(())
+        }
+        fn synchronize(&self) -> std::result::Result<(), String> {
+            Ok(())
+        }
+        fn check(&self) -> std::result::Result<(), String> {
+            Err("the queue failed".into())
         }
     }
 }

@@ -879,7 +879,11 @@ impl Variant {
     }
 }
 
-pub(in crate::kernels) fn operand_constants(source: Source, name: char, operand: Operand) -> Source {
+pub(in crate::kernels) fn operand_constants(
+    source: Source,
+    name: char,
+    operand: Operand,
+) -> Source {
     let prefix = name.to_ascii_uppercase();
     let named = |what: &str| format!("{prefix}_{what}");
     let source = source.flag(&named("TRANSPOSED"), operand.transposed);

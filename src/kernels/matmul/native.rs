@@ -34,7 +34,9 @@ pub(super) fn problem(desc: &MatmulDesc) -> std::result::Result<Problem, String>
     let spec = |name: &str, operand: Operand| -> std::result::Result<MxSpec, String> {
         match operand.values {
             Values::Mx(spec) => Ok(spec),
-            Values::Dense(dtype) => Err(format!("{name} is {dtype}: native routes take packed operands")),
+            Values::Dense(dtype) => {
+                Err(format!("{name} is {dtype}: native routes take packed operands"))
+            }
         }
     };
     let (a, b) = (spec("A", desc.a)?, spec("B", desc.b)?);
@@ -109,7 +111,9 @@ impl Native {
         let crate::engine::Engine::Gpu(gpu) = ctx.engine() else { return Ok(Ok(())) };
         let decline = |reason: &str| Ok(Err(Refused::Declined(reason.into())));
         if !stream.may_split() {
-            return decline("the stream records into an encoder of the caller's, which a library's work cannot be put into");
+            return decline(
+                "the stream records into an encoder of the caller's, which a library's work cannot be put into",
+            );
         }
         let whole = match &y {
             Target::Dense(y) => y.data.chunks().count() == 1,
@@ -126,8 +130,7 @@ impl Native {
             encoder.clear_buffer(&flags, 0, Some(4));
         }
         for (side, (x, operand)) in [(a_mx, desc.a), (b_mx, desc.b)].into_iter().enumerate() {
-            let out =
-                Packed { codes: &buffers[side], scales: &buffers[2 + side], flags: &flags };
+            let out = Packed { codes: &buffers[side], scales: &buffers[2 + side], flags: &flags };
             native_pack::record(stream, x, operand.transposed, &self.packings[side], out)?;
         }
         let Problem { m, n, k, a: a_spec, b: b_spec } = self.problem;
@@ -169,11 +172,7 @@ impl Native {
 
 impl Matmul {
     /// A product on a certain route, for its test.
-    pub(crate) fn on_route(
-        ctx: &Context,
-        desc: &MatmulDesc,
-        entry: &Arc<Entry>,
-    ) -> Result<Matmul> {
+    pub(crate) fn on_route(ctx: &Context, desc: &MatmulDesc, entry: &Arc<Entry>) -> Result<Matmul> {
         let unsupported = |has: String| Error::Unsupported {
             operation: "the native tier".into(),
             needs: format!("a problem for {}", entry.route.name()),

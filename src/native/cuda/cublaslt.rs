@@ -177,8 +177,8 @@ impl Kind {
             }
             (Kind::Nvfp4, ..) => return Err(format!("{spec} is not E2M1")),
         };
-        let scales = scales
-            .map(|(format, group)| Scales { format, group, layout: ScaleLayout::Tiles128x4 });
+        let scales =
+            scales.map(|(format, group)| Scales { format, group, layout: ScaleLayout::Tiles128x4 });
         Ok(Packing { codes, scales, lines: 16, k })
     }
 }
@@ -226,7 +226,8 @@ impl Route {
             (f.preference_create)(&raw mut preference)
         })?;
         let bytes = WORKSPACE;
-        let attribute = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+        let attribute =
+            sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
         // SAFETY: as above.
         let set = unsafe {
             (f.preference_set)(
@@ -236,13 +237,8 @@ impl Route {
                 size_of::<u64>(),
             )
         };
-        let mut choice = Choice {
-            algorithm: [0; 8],
-            workspace: 0,
-            state: 0,
-            waves: 0.0,
-            reserved: [0; 4],
-        };
+        let mut choice =
+            Choice { algorithm: [0; 8], workspace: 0, state: 0, waves: 0.0, reserved: [0; 4] };
         let mut found = 0;
         let Descriptors { desc, a, b, d, .. } = descriptors;
         // SAFETY: as above; one result is asked for, and there is room for one.
@@ -299,7 +295,13 @@ impl Descriptors<'_> {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         use sys::cudaDataType_t::CUDA_R_32F;
         let f = &lt.functions;
-        let mut all = Descriptors { functions: f, desc: null_mut(), a: null_mut(), b: null_mut(), d: null_mut() };
+        let mut all = Descriptors {
+            functions: f,
+            desc: null_mut(),
+            a: null_mut(),
+            b: null_mut(),
+            d: null_mut(),
+        };
         // SAFETY: of this call and the next ones: as cuBLASLt documents them, with pointers to locals that outlive the calls.
         check("cublasLtMatmulDescCreate", unsafe {
             (f.desc_create)(&raw mut all.desc, CUBLAS_COMPUTE_32F as c_uint, CUDA_R_32F as c_uint)

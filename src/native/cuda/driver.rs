@@ -152,7 +152,8 @@ impl Driver {
         let status = unsafe { (functions.device_name)(name.as_mut_ptr().cast(), 256, device) };
         check("cuDeviceGetName", status)?;
         name[255] = 0;
-        let name = CStr::from_bytes_until_nul(&name).map(|name| name.to_string_lossy().into_owned());
+        let name =
+            CStr::from_bytes_until_nul(&name).map(|name| name.to_string_lossy().into_owned());
         let attribute = |attribute: sys::CUdevice_attribute| -> Result<c_int, String> {
             let mut value = 0;
             // SAFETY: as above.
@@ -166,9 +167,7 @@ impl Driver {
         let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
         let mut context = null_mut();
         // SAFETY: as above.
-        check("cuDevicePrimaryCtxRetain", unsafe {
-            (functions.retain)(&raw mut context, device)
-        })?;
+        check("cuDevicePrimaryCtxRetain", unsafe { (functions.retain)(&raw mut context, device) })?;
         let mut driver = Driver {
             functions,
             sharing,
@@ -194,8 +193,7 @@ impl Driver {
     /// Runs `f` with the device's context current.
     pub(crate) fn with<T>(&self, f: impl FnOnce() -> T) -> Result<T, String> {
         // SAFETY: the context is the device's primary one, retained for good.
-        self.functions
-            .check("cuCtxPushCurrent", unsafe { (self.functions.push)(self.context) })?;
+        self.functions.check("cuCtxPushCurrent", unsafe { (self.functions.push)(self.context) })?;
         let value = f();
         let mut popped = null_mut();
         // SAFETY: what was pushed above is on top, since calls are nested.

@@ -1,0 +1,836 @@
+//! Native routes through CUDA. Two suites in one: stand-ins for NVIDIA's libraries (tests/standins), compiled here, on every
+//! software adapter; and the real ones on every NVIDIA device. What cannot run here shows as ignored.
+//!
+//! `MX_TEST_GPU` as in tests/kernels.rs. `MX_TEST_NATIVE=require` fails where no NVIDIA device answers.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use microscaling::native::{Libraries, Report, RouteState};
+use microscaling::{
+    Axis, Context, DType, Error, Layout, MXFP4, MXFP6_E2M3, MXFP8_E4M3, MXINT8, Matmul, MatmulDesc,
+    MxSpec, MxTensor, NVFP4, Options, QuantizeDesc, Tensor, Tier, engine,
+};
+
+type Test = fn(&wgpu::Adapter) -> Result<(), Failed>;
+
+/// On software adapters, with stand-ins.
+const STANDINS: &[(&str, Test)] = &[
+    ("absent_libraries_are_reasons", absent_libraries),
+    ("old_and_incomplete_libraries_are_reasons", incomplete_libraries),
+    ("two_devices_of_which_one_matches", two_devices),
+    ("the_heuristic_decides", heuristic_decides),
+    ("descriptors_are_what_the_library_documents", descriptors),
+    ("fp8_end_to_end", fp8),
+    ("nvfp4_and_mxfp8_end_to_end", block_scaled),
+    ("operands_go_through_the_host_where_memory_is_not_shared", copies),
+    ("what_a_format_does_not_hold_is_computed_anew", recomputed),
+    ("a_wrong_route_is_disabled", planted),
+    ("a_failure_in_the_middle_goes_to_the_next_tier", failure),
+    ("a_failing_queue_is_a_lost_device", lost_queue),
+    ("recordings_into_a_host_encoder_are_declined", host_encoder),
+    ("two_recordings_at_once", interleaved),
+];
+
+/// On NVIDIA devices, with NVIDIA's libraries.
+const REAL: &[(&str, Test)] = &[
+    ("fp4_is_run_or_refused_with_a_reason", real_refusal),
+    ("memory_and_order_are_shared", real_sharing),
+    ("fp8_against_f64", real_fp8),
+    ("fp8_epilogues", real_epilogues),
+    ("many_products_in_a_row", real_row),
+    ("fp8_beside_the_tensor_tier", real_rate),
+];
+
+fn main() {
+    let args = Arguments::from_args();
+    let mode = std::env::var("MX_TEST_GPU").unwrap_or_else(|_| "auto".into());
+    let adapters =
+        if mode == "off" { Vec::new() } else { pollster::block_on(engine::adapters(false)) };
+    assert!(
+        mode != "require" || !adapters.is_empty(),
+        "MX_TEST_GPU=require, but no adapter answers"
+    );
+    let nvidia = |adapter: &wgpu::Adapter| {
+        let info = adapter.get_info();
+        info.vendor == 0x10de && info.backend == wgpu::Backend::Vulkan
+    };
+    let native = std::env::var("MX_TEST_NATIVE").is_ok_and(|mode| mode == "require");
+    assert!(!native || adapters.iter().any(nvidia), "MX_TEST_NATIVE=require, but no NVIDIA device");
+    let mut trials = Vec::new();
+    for (suite, what, wanted) in
+        [(STANDINS, "software adapter", false), (REAL, "NVIDIA device", true)]
+    {
+        for (name, test) in suite {
+            let fitting: Vec<_> = adapters
+                .iter()
+                .filter(|adapter| match wanted {
+                    true => nvidia(adapter),
+                    false => adapter.get_info().device_type == wgpu::DeviceType::Cpu,
+                })
+                .collect();
+            if fitting.is_empty() {
+                let name = format!("[no {what}] {name}");
+                trials.push(Trial::test(name, || Ok(())).with_ignored_flag(true));
+            }
+            for adapter in fitting {
+                let (adapter, test) = (adapter.clone(), *test);
+                let info = adapter.get_info();
+                let label = format!("{:?} {} {name}", info.backend, info.name);
+                trials.push(Trial::test(label, move || test(&adapter)));
+            }
+        }
+    }
+    libtest_mimic::run(&args, trials).exit();
+}
+
+// ---- Stand-ins -----------------------------------------------------------------------------------------------------
+
+/// A stand-in of its own for each test: what is set in one does not show in another.
+struct Standin {
+    path: PathBuf,
+    library: libloading::Library,
+}
+
+fn folder() -> &'static Path {
+    static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
+    FOLDER.get_or_init(|| tempfile::tempdir().expect("a temporary folder")).path()
+}
+
+/// Compiles tests/standins/`name`.rs with `cfgs`, once, and loads a copy.
+fn standin(name: &str, cfgs: &[&str]) -> Result<Standin, Failed> {
+    static COMPILED: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    static COPIES: AtomicUsize = AtomicUsize::new(0);
+    let stem = format!("{name}{}", cfgs.concat());
+    let built = folder().join(format!("lib{stem}.so"));
+    {
+        let mut compiled = COMPILED.lock().unwrap_or_else(|e| e.into_inner());
+        if !compiled.contains(&stem) {
+            let source =
+                Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/standins/{name}.rs"));
+            let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+            let mut command = Command::new(rustc);
+            command.args(["--crate-type", "cdylib", "--edition", "2024", "-O", "-o"]);
+            command.arg(&built).arg(source).args(["-C", "panic=abort", "-A", "unexpected_cfgs"]);
+            for cfg in cfgs {
+                command.args(["--cfg", cfg]);
+            }
+            let output = command.output()?;
+            if !output.status.success() {
+                return Err(String::from_utf8_lossy(&output.stderr).into_owned().into());
+            }
+            compiled.push(stem.clone());
+        }
+    }
+    let copy = COPIES.fetch_add(1, Ordering::Relaxed);
+    let path = folder().join(format!("lib{stem}-{copy}.so"));
+    std::fs::copy(&built, &path)?;
+    // SAFETY: the library is tests/standins', whose initialisers do nothing.
+    let library = unsafe { libloading::Library::new(&path) }?;
+    Ok(Standin { path, library })
+}
+
+impl Standin {
+    fn set(&self, key: u32, value: u64) -> Result<(), Failed> {
+        // SAFETY: the stand-in declares it so.
+        unsafe {
+            let set: libloading::Symbol<'_, unsafe extern "C" fn(u32, u64)> =
+                self.library.get(b"standin_set")?;
+            set(key, value);
+        }
+        Ok(())
+    }
+
+    /// Every call so far.
+    fn log(&self) -> Result<String, Failed> {
+        let mut text = vec![0u8; 1 << 22];
+        // SAFETY: as above; the buffer has so much room.
+        let len = unsafe {
+            let log: libloading::Symbol<'_, unsafe extern "C" fn(*mut u8, usize) -> usize> =
+                self.library.get(b"standin_log")?;
+            log(text.as_mut_ptr(), text.len())
+        };
+        text.truncate(len);
+        Ok(String::from_utf8(text)?)
+    }
+}
+
+fn open(adapter: &wgpu::Adapter, cuda: &Path, cublaslt: &Path) -> Result<Context, Failed> {
+    let libraries = Libraries {
+        cuda: Some(cuda.into()),
+        cublaslt: Some(cublaslt.into()),
+        nvrtc: Some("".into()),
+        ..Default::default()
+    };
+    let options = Options { libraries, ..Default::default() };
+    Ok(pollster::block_on(Context::on_adapter(adapter, &options))?)
+}
+
+/// Both stand-ins, the driver with the adapter's UUID, and the context on them.
+fn opened(adapter: &wgpu::Adapter, cfgs: &[&str]) -> Result<(Context, Standin, Standin), Failed> {
+    let (cuda, lt) = (standin("cuda", cfgs)?, standin("cublaslt", &[])?);
+    identify(adapter, &cuda)?;
+    let ctx = open(adapter, &cuda.path, &lt.path)?;
+    Ok((ctx, cuda, lt))
+}
+
+/// Gives the stand-in's second device the adapter's UUID, which it learns from the crate's own complaint.
+fn identify(adapter: &wgpu::Adapter, cuda: &Standin) -> Result<(), Failed> {
+    let other = standin("cuda", &[])?;
+    let lt = standin("cublaslt", &[])?;
+    let reason = reason(&report(&open(adapter, &other.path, &lt.path)?)?, "cublaslt-fp8")?;
+    let hex = reason.split("open: ").nth(1).and_then(|rest| rest.get(..32)).ok_or(&*reason)?;
+    for half in [0, 1] {
+        cuda.set(half, u64::from_str_radix(&hex[16 * half as usize..][..16], 16)?)?;
+    }
+    Ok(())
+}
+
+fn report(ctx: &Context) -> Result<Report, Failed> {
+    Ok(pollster::block_on(ctx.native())?)
+}
+
+/// Why a route is disabled.
+fn reason(report: &Report, route: &str) -> Result<String, Failed> {
+    match report.routes.iter().find(|r| r.name == route).map(|r| &r.state) {
+        Some(RouteState::Disabled(reason)) => Ok(reason.clone()),
+        other => Err(format!("{route} is {other:?}").into()),
+    }
+}
+
+// ---- Products ------------------------------------------------------------------------------------------------------
+
+/// Random operands, [m, k] and [n, k].
+fn operands([m, n, k]: [usize; 3], specs: [MxSpec; 2], seed: u64) -> Result<[MxTensor; 2], Failed> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut uniform = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
+    };
+    let mut make = |lines: usize, spec| {
+        let x: Vec<f32> =
+            (0..lines * k).map(|_| uniform() + uniform() + uniform() + uniform()).collect();
+        MxTensor::quantize(&x, lines, k, &QuantizeDesc { spec, ..Default::default() })
+    };
+    Ok([make(m, specs[0])?, make(n, specs[1])?])
+}
+
+fn desc(operands: &[MxTensor; 2], tier: Tier) -> MatmulDesc {
+    let [a, b] = operands.each_ref().map(|x| *x.layout());
+    MatmulDesc {
+        m: a.rows,
+        n: b.rows,
+        k: a.cols,
+        a: a.spec.into(),
+        b: b.spec.into(),
+        tier,
+        ..Default::default()
+    }
+}
+
+/// The product into a tensor full of NaN.
+fn multiply(ctx: &Context, desc: &MatmulDesc, operands: &[MxTensor; 2]) -> Result<Vec<f32>, Error> {
+    let matmul = Matmul::new(ctx, desc)?;
+    let [a, b] = [ctx.upload_mx(&operands[0])?, ctx.upload_mx(&operands[1])?];
+    let mut y = ctx.upload(DType::F32, desc.m, desc.n, &vec![0xff; desc.m * desc.n * 4])?;
+    let mut stream = ctx.stream();
+    matmul.record(&mut stream, &a, &b, &mut y)?;
+    ctx.submit(stream)?;
+    Ok(bytemuck::pod_collect_to_vec(&ctx.read_blocking(&y)?))
+}
+
+/// Each output, and the sum of its terms' magnitudes, in f64.
+fn reference(operands: &[MxTensor; 2]) -> Vec<(f64, f64)> {
+    let dense = operands.each_ref().map(|x| {
+        let Layout { rows, cols, .. } = *x.layout();
+        (0..rows * cols).map(|at| f64::from(x.get(at / cols, at % cols))).collect::<Vec<_>>()
+    });
+    let k = operands[0].layout().cols;
+    let mut out = Vec::new();
+    for a in dense[0].chunks_exact(k) {
+        for b in dense[1].chunks_exact(k) {
+            let terms = a.iter().zip(b).map(|(a, b)| a * b);
+            out.push(terms.fold((0.0, 0.0), |(sum, abs), t| (sum + t, abs + t.abs())));
+        }
+    }
+    out
+}
+
+/// Checks y = sums within `relative` of the terms' magnitudes, and returns the worst quotient.
+fn check(got: &[f32], want: &[(f64, f64)], relative: f64) -> Result<f64, Failed> {
+    assert_eq!(got.len(), want.len());
+    let mut worst = 0f64;
+    for (at, (got, (want, abs))) in got.iter().zip(want).enumerate() {
+        let error = (f64::from(*got) - want).abs();
+        // Not true of NaN.
+        if error <= relative * abs + 1e-37 {
+            worst = worst.max(error / abs.max(1e-37));
+        } else {
+            return Err(
+                format!("output {at}: {got}, expected {want} within {:e}", relative * abs).into()
+            );
+        }
+    }
+    Ok(worst)
+}
+
+/// The stand-in sums in f64 and rounds once; the epilogue's power of two is exact.
+const ROUNDED: f64 = 1.0 / (1u64 << 24) as f64;
+
+/// What the other tiers make of it.
+const TENSOR: f64 = 512.0 * ROUNDED;
+
+fn says(error: &Error, words: &[&str]) -> Result<(), Failed> {
+    let text = error.to_string();
+    match words.iter().find(|word| !text.contains(**word)) {
+        None => Ok(()),
+        Some(word) => Err(format!("{text:?} does not say {word:?}").into()),
+    }
+}
+
+/// The product is right in the tier that Auto takes, and Tier::Native says `words`.
+fn falls_back(ctx: &Context, words: &[&str]) -> Result<(), Failed> {
+    let operands = operands([40, 24, 96], [MXFP4; 2], 3)?;
+    let auto = desc(&operands, Tier::Auto);
+    let matmul = Matmul::new(ctx, &auto)?;
+    assert_ne!(matmul.tier(), Tier::Native);
+    assert!(matmul.why().contains("no native route"), "{}", matmul.why());
+    check(&multiply(ctx, &auto, &operands)?, &reference(&operands), TENSOR)?;
+    let error = Matmul::new(ctx, &MatmulDesc { tier: Tier::Native, ..auto }).unwrap_err();
+    says(&error, words)
+}
+
+// ---- The suite on stand-ins ----------------------------------------------------------------------------------------
+
+fn absent_libraries(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let nowhere = Path::new("/nonexistent/libcuda.so.1");
+    falls_back(
+        &open(adapter, nowhere, nowhere)?,
+        &["/nonexistent/libcuda.so.1", "cublaslt-nvfp4"],
+    )?;
+    falls_back(&open(adapter, Path::new(""), nowhere)?, &["switched off"])?;
+    // A file that is no library.
+    let text = folder().join("not-a-library.so");
+    std::fs::write(&text, "text")?;
+    falls_back(&open(adapter, &text, &text)?, &["not-a-library.so"])?;
+    let cuda = standin("cuda", &[])?;
+    identify(adapter, &cuda)?;
+    falls_back(
+        &open(adapter, &cuda.path, Path::new("/nonexistent/libcublasLt.so"))?,
+        &["/nonexistent/libcublasLt.so"],
+    )
+}
+
+fn incomplete_libraries(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let lt = standin("cublaslt", &[])?;
+    let lacking = standin("cuda", &["no_memcpy"])?;
+    falls_back(&open(adapter, &lacking.path, &lt.path)?, &["has no function cuMemcpyHtoD_v2"])?;
+    let cuda = standin("cuda", &[])?;
+    identify(adapter, &cuda)?;
+    cuda.set(2, 11000)?;
+    falls_back(&open(adapter, &cuda.path, &lt.path)?, &["CUDA 11.0", "11.2"])?;
+    cuda.set(2, 13000)?;
+    cuda.set(4, 700)?;
+    falls_back(
+        &open(adapter, &cuda.path, &lt.path)?,
+        &["cuInit: CUDA_ERROR_ILLEGAL_ADDRESS (700)"],
+    )?;
+    cuda.set(4, 35)?;
+    falls_back(&open(adapter, &cuda.path, &lt.path)?, &["cuInit: CUDA error 35"])?;
+    cuda.set(4, 0)?;
+    let old = standin("cublaslt", &["old"])?;
+    falls_back(&open(adapter, &cuda.path, &old.path)?, &["is cuBLASLt 110000"])?;
+    let lacks = standin("cublaslt", &["lacks"])?;
+    falls_back(&open(adapter, &cuda.path, &lacks.path)?, &["has no function cublasLtCreate"])
+}
+
+fn two_devices(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let (cuda, lt) = (standin("cuda", &[])?, standin("cublaslt", &[])?);
+    falls_back(&open(adapter, &cuda.path, &lt.path)?, &["none of CUDA's 2 devices"])?;
+    identify(adapter, &cuda)?;
+    let ctx = open(adapter, &cuda.path, &lt.path)?;
+    let report = report(&ctx)?;
+    let details = &report.routes[0].details;
+    assert!(details.iter().any(|(_, value)| value == "Stand-in 101"), "{details:?}");
+    let log = cuda.log()?;
+    assert!(log.contains("cuDevicePrimaryCtxRetain 101") && !log.contains("Retain 100"), "{log}");
+    Ok(())
+}
+
+fn heuristic_decides(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let (ctx, _cuda, lt) = opened(adapter, &[])?;
+    lt.set(0, 0)?;
+    falls_back(
+        &ctx,
+        &["cublaslt-nvfp4: cublasLtMatmulAlgoGetHeuristic: CUBLAS_STATUS_NOT_SUPPORTED"],
+    )?;
+    // It is asked anew for another shape, in another context.
+    let (ctx, _cuda, lt) = opened(adapter, &[])?;
+    lt.set(0, 1)?;
+    let operands = operands([40, 24, 96], [MXFP4; 2], 3)?;
+    let matmul = Matmul::new(&ctx, &desc(&operands, Tier::Native))?;
+    assert_eq!(matmul.tier(), Tier::Native);
+    assert!(matmul.why().contains("cublaslt-fp8"), "{}", matmul.why());
+    // FP8 adds up in fewer bits: only by name.
+    let auto = Matmul::new(&ctx, &desc(&operands, Tier::Auto))?;
+    assert_ne!(auto.tier(), Tier::Native);
+    assert!(auto.why().contains("only by name"), "{}", auto.why());
+    // Formats and shapes that no route takes.
+    for (desc, word) in [
+        (
+            MatmulDesc { a: MXINT8.into(), ..desc(&operands, Tier::Native) },
+            "does not hold the elements",
+        ),
+        (MatmulDesc { a: DType::F16.into(), ..desc(&operands, Tier::Native) }, "A is f16"),
+        (MatmulDesc { batch: 2, ..desc(&operands, Tier::Native) }, "batched"),
+        (MatmulDesc { k: 0, ..desc(&operands, Tier::Native) }, "k = 0"),
+    ] {
+        says(&Matmul::new(&ctx, &desc).unwrap_err(), &[word])?;
+    }
+    let cpu = Matmul::new(&Context::cpu(), &desc(&operands, Tier::Native)).unwrap_err();
+    says(&cpu, &["native tier", "CPU"])
+}
+
+fn descriptors(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let (ctx, cuda, lt) = opened(adapter, &[])?;
+    let operands = operands([50, 70, 100], [MXFP4; 2], 4)?;
+    lt.set(0, 1)?;
+    multiply(&ctx, &desc(&operands, Tier::Native), &operands)?;
+    let log = lt.log()?;
+    // cuBLASLt's A is our B, and everything is padded: n to 80, m to 64, k to 128.
+    for line in [
+        "desc compute 68 scale 0",
+        "attribute 3 size 4",
+        "attribute 4 size 4",
+        "attribute 25 size 1",
+        "layout type 28 128x80 ld 128",
+        "layout type 28 128x64 ld 128",
+        "layout type 0 80x64 ld 80",
+        "preference 1 size 8 value 33554432",
+    ] {
+        assert!(log.lines().any(|found| found == line), "{line} is missing in\n{log}");
+    }
+    assert!(log.contains("alpha 1 beta 0 stream 0x2000"), "{log}");
+    let (ctx, _cuda, lt) = opened(adapter, &[])?;
+    multiply(&ctx, &desc(&operands, Tier::Native), &operands)?;
+    let nvfp4 = lt.log()?;
+    for line in [
+        "attribute 31 size 4",
+        "attribute 32 size 4",
+        "attribute 17 size 8",
+        "attribute 18 size 8",
+        "layout type 33 128x80 ld 128",
+    ] {
+        assert!(nvfp4.lines().any(|found| found == line), "{line} is missing in\n{nvfp4}");
+    }
+    assert!(nvfp4.contains("modes: [1, 1]") && !nvfp4.contains("attribute 25"), "{nvfp4}");
+    let memory = cuda.log()?;
+    for line in memory.lines().filter(|line| line.starts_with("cuImportExternalMemory")) {
+        assert!(line.contains("kind 1 ") && line.ends_with("reserved 0"), "{line}");
+    }
+    Ok(())
+}
+
+/// Formats and shapes through a route: right, on the route, and with what the library should have been told.
+fn end_to_end(
+    adapter: &wgpu::Adapter,
+    mode: u64,
+    route: &str,
+    formats: &[[MxSpec; 2]],
+) -> Result<(), Failed> {
+    let (ctx, _cuda, lt) = opened(adapter, &[])?;
+    lt.set(0, mode)?;
+    let mut products = 0;
+    for (i, formats) in formats.iter().enumerate() {
+        for shape in [[17, 9, 64], [40, 24, 96], [130, 70, 203]] {
+            let operands = operands(shape, *formats, 5 + i as u64)?;
+            let desc = desc(&operands, Tier::Native);
+            let matmul = Matmul::new(&ctx, &desc)?;
+            assert!(matmul.why().contains(route), "{}", matmul.why());
+            let got = multiply(&ctx, &desc, &operands)?;
+            check(&got, &reference(&operands), ROUNDED)
+                .map_err(|error| format!("{formats:?} {shape:?}: {error:?}"))?;
+            products += 1;
+        }
+    }
+    let report = report(&ctx)?;
+    let found = report.routes.iter().find(|found| found.name == route).ok_or("no such route")?;
+    assert!(matches!(found.state, RouteState::Passed(_)), "{found:?}");
+    // The known-answer test has seven.
+    assert_eq!(report.traffic.products, products + 7);
+    assert_eq!(report.recomputed, 0);
+    Ok(())
+}
+
+fn fp8(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let formats = [
+        [MXFP4; 2],
+        [MXFP4, MXFP6_E2M3],
+        [
+            MXFP4.with_block(microscaling::Block::Vector(16)),
+            MXFP4.with_block(microscaling::Block::Square(32)),
+        ],
+    ];
+    end_to_end(adapter, 1, "cublaslt-fp8", &formats)
+}
+
+fn block_scaled(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let wide = MXFP4.with_block(microscaling::Block::Vector(128));
+    let formats = [[MXFP4; 2], [NVFP4; 2], [wide, NVFP4]];
+    end_to_end(adapter, 4, "cublaslt-nvfp4", &formats)?;
+    end_to_end(adapter, 2, "cublaslt-mxfp8", &[[MXFP8_E4M3; 2]])
+}
+
+fn copies(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let operands = operands([40, 24, 96], [MXFP4; 2], 6)?;
+    let desc = desc(&operands, Tier::Native);
+    let want = reference(&operands);
+    // Shared, if the driver can: nothing goes through the host but waiting.
+    let (ctx, cuda, _lt) = opened(adapter, &[])?;
+    check(&multiply(&ctx, &desc, &operands)?, &want, ROUNDED)?;
+    let shared = report(&ctx)?;
+    let exports = adapter.features().contains(wgpu::Features::VULKAN_EXTERNAL_MEMORY_FD);
+    eprintln!("{}: {:?}", adapter.get_info().name, shared.sharing);
+    if exports {
+        assert_eq!([shared.traffic.to_library, shared.traffic.from_library], [0; 2]);
+        assert!(shared.traffic.shared > 0 && shared.traffic.host_waits > 0);
+        assert!(!cuda.log()?.contains("cuMemcpy"));
+    }
+    // The driver lacks the functions, refuses the import, or the device was opened without.
+    let (ctx, _cuda, _lt) = opened(adapter, &["no_sharing"])?;
+    let (refused, cuda, _lt2) = opened(adapter, &[])?;
+    cuda.set(5, 801)?;
+    let (cuda, lt) = (standin("cuda", &[])?, standin("cublaslt", &[])?);
+    identify(adapter, &cuda)?;
+    let libraries = Libraries {
+        cuda: Some(cuda.path.clone()),
+        cublaslt: Some(lt.path.clone()),
+        ..Default::default()
+    };
+    let without = wgpu::Features::VULKAN_EXTERNAL_MEMORY_FD;
+    let options = Options { libraries, without, ..Default::default() };
+    let without = pollster::block_on(Context::on_adapter(adapter, &options))?;
+    for (ctx, word) in [
+        (ctx, "has no function cuImportExternalMemory"),
+        (refused, "cuImportExternalMemory: CUDA error 801"),
+        (without, "opened without VK_KHR_external_memory_fd"),
+    ] {
+        check(&multiply(&ctx, &desc, &operands)?, &want, ROUNDED)?;
+        let report = report(&ctx)?;
+        if exports {
+            assert!(report.sharing.iter().any(|line| line.contains(word)), "{:?}", report.sharing);
+        }
+        assert!(report.traffic.to_library > 0 && report.traffic.from_library > 0);
+        assert_eq!(report.traffic.shared, 0);
+    }
+    Ok(())
+}
+
+/// An operand whose scales span more than any window.
+fn wide_operands() -> Result<[MxTensor; 2], Failed> {
+    let [a, b] = operands([40, 24, 96], [MXFP4; 2], 7)?;
+    let layout = *a.layout();
+    let (codes, mut scales, scale) = a.into_parts();
+    scales[4] = 100;
+    scales[5] = 127;
+    Ok([MxTensor::from_parts(layout, codes, scales, scale)?, b])
+}
+
+fn recomputed(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let operands = wide_operands()?;
+    let want = reference(&operands);
+    for mode in [1, 4] {
+        let (ctx, _cuda, lt) = opened(adapter, &[])?;
+        lt.set(0, mode)?;
+        let desc = desc(&operands, Tier::Native);
+        check(&multiply(&ctx, &desc, &operands)?, &want, TENSOR)?;
+        let first = report(&ctx)?;
+        assert_eq!(first.recomputed, 1, "mode {mode}");
+        // With beta, y must be read once: by the tier that computes.
+        let half = MatmulDesc { beta: 0.5, ..desc };
+        let matmul = Matmul::new(&ctx, &half)?;
+        let [a, b] = [ctx.upload_mx(&operands[0])?, ctx.upload_mx(&operands[1])?];
+        let ones = vec![1f32; half.m * half.n];
+        let mut y = ctx.upload(DType::F32, half.m, half.n, bytemuck::cast_slice(&ones))?;
+        let mut stream = ctx.stream();
+        matmul.record(&mut stream, &a, &b, &mut y)?;
+        ctx.submit(stream)?;
+        let got: Vec<f32> = bytemuck::pod_collect_to_vec(&ctx.read_blocking(&y)?);
+        let want: Vec<_> = want.iter().map(|(sum, abs)| (sum + 0.5, abs + 0.5)).collect();
+        check(&got, &want, TENSOR)?;
+        // A block of zeros may have any scale.
+        let [a, b] = &operands;
+        let (mut codes, scales, scale) = a.clone().into_parts();
+        let line = a.layout().line_bytes();
+        codes[line + 16..line + 32].fill(0x80);
+        let zeros = [MxTensor::from_parts(*a.layout(), codes, scales, scale)?, b.clone()];
+        check(&multiply(&ctx, &desc, &zeros)?, &reference(&zeros), ROUNDED)?;
+        assert_eq!(report(&ctx)?.recomputed, 2, "mode {mode}");
+    }
+    Ok(())
+}
+
+fn planted(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    // Sums that are wrong in one place, and scales in another order than documented.
+    for mode in [4 | 16, 4 | 8, 2 | 8] {
+        let (ctx, _cuda, lt) = opened(adapter, &[])?;
+        lt.set(0, mode)?;
+        let specs = if mode & 2 != 0 { [MXFP8_E4M3; 2] } else { [MXFP4; 2] };
+        let operands = operands([40, 24, 96], specs, 8)?;
+        let auto = desc(&operands, Tier::Auto);
+        assert_ne!(Matmul::new(&ctx, &auto)?.tier(), Tier::Native);
+        check(&multiply(&ctx, &auto, &operands)?, &reference(&operands), TENSOR)?;
+        let error = Matmul::new(&ctx, &MatmulDesc { tier: Tier::Native, ..auto }).unwrap_err();
+        says(&error, &["known-answer test", "the answer"])?;
+    }
+    Ok(())
+}
+
+fn failure(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let (ctx, _cuda, lt) = opened(adapter, &[])?;
+    lt.set(0, 4)?;
+    let operands = operands([40, 24, 96], [MXFP4; 2], 9)?;
+    let want = reference(&operands);
+    let auto = desc(&operands, Tier::Auto);
+    let matmul = Matmul::new(&ctx, &auto)?;
+    assert_eq!(matmul.tier(), Tier::Native, "{}", matmul.why());
+    let named = Matmul::new(&ctx, &MatmulDesc { tier: Tier::Native, ..auto })?;
+    let [a, b] = [ctx.upload_mx(&operands[0])?, ctx.upload_mx(&operands[1])?];
+    let run = |matmul: &Matmul| -> Result<Vec<f32>, Error> {
+        let mut y = ctx.upload(DType::F32, auto.m, auto.n, &vec![0xff; auto.m * auto.n * 4])?;
+        let mut stream = ctx.stream();
+        matmul.record(&mut stream, &a, &b, &mut y)?;
+        ctx.submit(stream)?;
+        Ok(bytemuck::pod_collect_to_vec(&ctx.read_blocking(&y)?))
+    };
+    check(&run(&matmul)?, &want, ROUNDED)?;
+    lt.set(1, 0)?;
+    // The product that was begun ends in the next tier, and by name it is an error.
+    check(&run(&matmul)?, &want, TENSOR)?;
+    says(&run(&named).unwrap_err(), &["cublasLtMatmul: cuBLAS status 13"])?;
+    // From then on the route is not chosen.
+    assert_ne!(Matmul::new(&ctx, &auto)?.tier(), Tier::Native);
+    assert!(reason(&report(&ctx)?, "cublaslt-nvfp4")?.contains("status 13"));
+    Ok(())
+}
+
+fn lost_queue(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let (ctx, cuda, lt) = opened(adapter, &[])?;
+    lt.set(0, 4)?;
+    let operands = operands([40, 24, 96], [MXFP4; 2], 9)?;
+    let native = desc(&operands, Tier::Native);
+    multiply(&ctx, &native, &operands)?;
+    cuda.set(3, 700)?;
+    let error = multiply(&ctx, &native, &operands).unwrap_err();
+    says(&error, &["CUDA_ERROR_ILLEGAL_ADDRESS"])
+}
+
+fn host_encoder(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let (ctx, _cuda, lt) = opened(adapter, &[])?;
+    lt.set(0, 4)?;
+    let operands = operands([40, 24, 96], [MXFP4; 2], 10)?;
+    let auto = Matmul::new(&ctx, &desc(&operands, Tier::Auto))?;
+    let named = Matmul::new(&ctx, &desc(&operands, Tier::Native))?;
+    let [a, b] = [ctx.upload_mx(&operands[0])?, ctx.upload_mx(&operands[1])?];
+    let mut y = ctx.zeros(DType::F32, 40, 24)?;
+    let (device, queue) = ctx.wgpu().ok_or("not a GPU")?;
+    let mut encoder = device.create_command_encoder(&Default::default());
+    {
+        let mut stream = ctx.stream_onto(&mut encoder)?;
+        says(
+            &named.record(&mut stream, &a, &b, &mut y).unwrap_err(),
+            &["encoder of the caller's"],
+        )?;
+        auto.record(&mut stream, &a, &b, &mut y)?;
+    }
+    queue.submit([encoder.finish()]);
+    let got: Vec<f32> = bytemuck::pod_collect_to_vec(&ctx.read_blocking(&y)?);
+    check(&got, &reference(&operands), TENSOR)?;
+    // The route is as good as before.
+    assert_eq!(Matmul::new(&ctx, &desc(&operands, Tier::Auto))?.tier(), Tier::Native);
+    Ok(())
+}
+
+/// Streams of one context that are recorded in turns and submitted in the other order.
+fn interleaved(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let (ctx, _cuda, _lt) = opened(adapter, &[])?;
+    in_turns(&ctx)
+}
+
+fn in_turns(ctx: &Context) -> Result<(), Failed> {
+    let pairs = [operands([40, 24, 96], [MXFP4; 2], 11)?, operands([70, 33, 160], [MXFP4; 2], 12)?];
+    let mut streams = [ctx.stream(), ctx.stream()];
+    let mut ys: Vec<Tensor> = Vec::new();
+    for (stream, pair) in streams.iter_mut().zip(&pairs) {
+        let desc = desc(pair, Tier::Native);
+        let mut y = ctx.zeros(DType::F32, desc.m, desc.n)?;
+        let [a, b] = [ctx.upload_mx(&pair[0])?, ctx.upload_mx(&pair[1])?];
+        let matmul = Matmul::new(ctx, &desc)?;
+        matmul.record(stream, &a, &b, &mut y)?;
+        ys.push(y);
+    }
+    let [first, second] = streams;
+    ctx.submit(second)?;
+    ctx.submit(first)?;
+    for (y, pair) in ys.iter().zip(&pairs) {
+        let got: Vec<f32> = bytemuck::pod_collect_to_vec(&ctx.read_blocking(y)?);
+        check(&got, &reference(pair), FP8)?;
+    }
+    Ok(())
+}
+
+// ---- The suite on NVIDIA devices -----------------------------------------------------------------------------------
+
+/// Of FP8 on tensor cores, relative to the sum of the terms' magnitudes: each instruction adds 32 products and the running
+/// sum after cutting each to 13 bits below the largest, and after 128 positions the partial sum goes into f32. So every
+/// magnitude loses at most (33 · 4) · 2^-13 of itself in the worst case, which random data does not come near: 2^-9 is asked
+/// for here, 1.5 times what a random walk of 33 · 4 losses of 2^-13 would give.
+const FP8: f64 = 1.0 / 512.0;
+
+fn real(adapter: &wgpu::Adapter) -> Result<Context, Failed> {
+    Ok(pollster::block_on(Context::on_adapter(adapter, &Options::default()))?)
+}
+
+fn real_refusal(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let ctx = real(adapter)?;
+    let pair = operands([256, 256, 512], [MXFP4; 2], 1)?;
+    let matmul = Matmul::new(&ctx, &desc(&pair, Tier::Auto))?;
+    eprintln!("auto: {}: {}", matmul.tier(), matmul.why());
+    check(&multiply(&ctx, &desc(&pair, Tier::Auto), &pair)?, &reference(&pair), TENSOR)?;
+    for route in report(&ctx)?.routes {
+        eprintln!("{}: {:?} {:?}", route.name, route.state, route.details);
+    }
+    if matmul.tier() != Tier::Native {
+        assert!(matmul.why().contains("cublaslt-nvfp4: "), "{}", matmul.why());
+    }
+    Ok(())
+}
+
+fn real_sharing(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let ctx = real(adapter)?;
+    let pair = operands([256, 192, 512], [MXFP4; 2], 2)?;
+    let matmul = Matmul::new(&ctx, &desc(&pair, Tier::Native))?;
+    eprintln!("{}", matmul.why());
+    multiply(&ctx, &desc(&pair, Tier::Native), &pair)?;
+    let report = report(&ctx)?;
+    eprintln!("{:?} {:?}", report.sharing, report.traffic);
+    assert!(report.sharing.iter().any(|line| line.contains("imported by the library")));
+    assert!(report.sharing.iter().any(|line| line.contains("a timeline semaphore")));
+    assert_eq!([report.traffic.to_library, report.traffic.from_library], [0; 2]);
+    assert_eq!(report.traffic.host_waits, 0);
+    assert!(report.traffic.products >= 8 && report.traffic.shared > 0);
+    Ok(())
+}
+
+fn real_fp8(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let ctx = real(adapter)?;
+    for (i, (shape, specs)) in [
+        ([64, 64, 64], [MXFP4; 2]),
+        ([130, 70, 203], [MXFP4; 2]),
+        ([257, 129, 1000], [MXFP4; 2]),
+        ([128, 256, 4096], [MXFP4; 2]),
+        ([128, 96, 512], [MXFP4, MXFP6_E2M3]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let pair = operands(shape, specs, 20 + i as u64)?;
+        let got = multiply(&ctx, &desc(&pair, Tier::Native), &pair)?;
+        let worst = check(&got, &reference(&pair), FP8)
+            .map_err(|error| format!("{shape:?} {specs:?}: {error:?}"))?;
+        eprintln!("{shape:?}: worst error 2^{:.1} of the terms", worst.log2());
+    }
+    let wide = wide_operands()?;
+    check(&multiply(&ctx, &desc(&wide, Tier::Native), &wide)?, &reference(&wide), FP8)?;
+    assert_eq!(report(&ctx)?.recomputed, 1);
+    Ok(())
+}
+
+fn real_epilogues(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let ctx = real(adapter)?;
+    let pair = operands([96, 65, 256], [MXFP4; 2], 30)?;
+    let bias: Vec<f32> = (0..65).map(|j| j as f32 / 8.0).collect();
+    let plain = desc(&pair, Tier::Native);
+    let full = MatmulDesc { alpha: 3.0, beta: 0.5, bias: true, ..plain };
+    let matmul = Matmul::new(&ctx, &full)?;
+    let [a, b] = [ctx.upload_mx(&pair[0])?, ctx.upload_mx(&pair[1])?];
+    let mut y = ctx.upload(DType::F32, 96, 65, bytemuck::cast_slice(&vec![2f32; 96 * 65]))?;
+    let bias_tensor = ctx.upload(DType::F32, 1, 65, bytemuck::cast_slice(&bias))?;
+    let mut stream = ctx.stream();
+    let extras = microscaling::kernels::Extras { bias: Some(&bias_tensor), ..Default::default() };
+    matmul.record_with(&mut stream, &a, &b, &mut y, extras)?;
+    ctx.submit(stream)?;
+    let got: Vec<f32> = bytemuck::pod_collect_to_vec(&ctx.read_blocking(&y)?);
+    let want: Vec<_> = reference(&pair)
+        .iter()
+        .enumerate()
+        .map(|(at, (sum, abs))| (3.0 * sum + 1.0 + f64::from(bias[at % 65]), 3.0 * abs + 10.0))
+        .collect();
+    check(&got, &want, FP8)?;
+    Ok(())
+}
+
+/// Products back to back, each with other operands and sizes, in one stream and in several.
+fn real_row(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let ctx = real(adapter)?;
+    let mut pairs = Vec::new();
+    for i in 0..24usize {
+        let shape = [64 + 37 * (i % 5), 48 + 29 * (i % 7), 128 + 96 * (i % 3)];
+        pairs.push(operands(shape, [MXFP4; 2], 40 + i as u64)?);
+    }
+    let mut stream = ctx.stream();
+    let mut ys = Vec::new();
+    for (i, pair) in pairs.iter().enumerate() {
+        let desc = desc(pair, Tier::Native);
+        let mut y = ctx.upload(DType::F32, desc.m, desc.n, &vec![0xff; desc.m * desc.n * 4])?;
+        let [a, b] = [ctx.upload_mx(&pair[0])?, ctx.upload_mx(&pair[1])?];
+        Matmul::new(&ctx, &desc)?.record(&mut stream, &a, &b, &mut y)?;
+        ys.push(y);
+        if i % 9 == 8 {
+            ctx.submit(std::mem::replace(&mut stream, ctx.stream()))?;
+        }
+    }
+    ctx.submit(stream)?;
+    for (y, pair) in ys.iter().zip(&pairs) {
+        let got: Vec<f32> = bytemuck::pod_collect_to_vec(&ctx.read_blocking(y)?);
+        check(&got, &reference(pair), FP8)?;
+    }
+    in_turns(&ctx)
+}
+
+fn real_rate(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let ctx = real(adapter)?;
+    for side in [1024, 4096, 8192] {
+        // Scales of one value and codes of all kinds: what is multiplied makes no difference here.
+        let layout = Layout::new(MXFP4, Axis::One, side, side)?;
+        let codes = (0..layout.codes_len()).map(|at| (at * 37 + at / 251) as u8).collect();
+        let x = MxTensor::from_parts(layout, codes, vec![127; layout.scales_len()], 1.0)?;
+        let x = ctx.upload_mx(&x)?;
+        let mut y = ctx.zeros(DType::F32, side, side)?;
+        for tier in [Tier::Tensor, Tier::Native] {
+            let desc = MatmulDesc { m: side, n: side, k: side, tier, ..Default::default() };
+            let Ok(matmul) = Matmul::new(&ctx, &desc) else { continue };
+            let mut best = f64::INFINITY;
+            for _ in 0..3 {
+                let time = pollster::block_on(microscaling::report::time(&ctx, 8, |stream, _| {
+                    matmul.record(stream, &x, &x, &mut y)
+                }))?;
+                best = best.min(time.as_secs_f64() / 8.0);
+            }
+            eprintln!(
+                "{side}³ {tier}: {:.3} ms, {:.0} TFLOP/s",
+                best * 1e3,
+                desc.flops() / best * 1e-12
+            );
+        }
+    }
+    eprintln!("{:?}", report(&ctx)?.traffic);
+    Ok(())
+}
