@@ -210,6 +210,38 @@ fn hip_kernel_feels_every_line() {
     one_perturbation(HIP_32);
 }
 
+/// Scales over the whole range below the anchor, against f64: what falls below f32's smallest number may be lost, and each of
+/// a line's blocks is one addition.
+#[test]
+fn the_whole_range_of_scales_is_bounded() {
+    for kernel in [CUDA, HIP_16, HIP_32] {
+        let program = Program::new(kernel);
+        let (m, n, k) = (21, 18, 352);
+        let mut operands = [Operand::random(3, m, k, 0), Operand::random(4, n, k, 0)];
+        for (operand, seed) in operands.iter_mut().zip([31, 32]) {
+            let random = words(seed, operand.scales.len());
+            operand.scales = random.iter().map(|word| (word % 128) as u8).collect();
+        }
+        let [a, b] = &operands;
+        let sums = sums(&program, a, b, 0, true).unwrap();
+        let value = |operand: &Operand, line: usize, at: usize| {
+            let code = operand.codes[(line * k + at) / 2] >> (4 * (at % 2));
+            let scale = i32::from(operand.scales[(line * k + at) / 32]) - 127;
+            f64::from(machine::e2m1(code.into())) / 2.0 * 2f64.powi(scale)
+        };
+        for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+            let terms: Vec<f64> = (0..k).map(|at| value(a, i, at) * value(b, j, at)).collect();
+            let (want, size): (f64, f64) =
+                (terms.iter().sum(), terms.iter().map(|t| t.abs()).sum());
+            let blocks = (k / 32) as f64;
+            // A term below f32's smallest number is rounded too.
+            let bound = blocks * (2f64.powi(-24) * size * 1.01 + 2f64.powi(-149));
+            let got = f64::from(sums[i * n + j]);
+            assert!((got - want).abs() <= bound, "({i}, {j}): {got}, want {want} within {bound}");
+        }
+    }
+}
+
 /// A NaN scale reaches its line and no other.
 #[test]
 fn a_nan_scale_makes_its_line_nan() {

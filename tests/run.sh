@@ -135,10 +135,11 @@ export XDG_RUNTIME_DIR=$scratch/xdg
 # ---- The checks ----------------------------------------------------------------------------------------------------
 
 step "formatting" cargo fmt --all --check
-step "lints" cargo clippy --all-targets -- -D warnings
+step "lints" cargo clippy --all-targets --all-features -- -D warnings
+step "lints without native routes" cargo clippy --all-targets -- -D warnings
 step "lints without default features" cargo clippy --no-default-features --lib -- -D warnings
-step "documentation" env RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
-step "tests (${#drivers[@]} software drivers)" cargo test
+step "documentation" env RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --all-features
+step "tests (${#drivers[@]} software drivers)" cargo test --all-features
 # Built as a program above, which the tests run; here its own.
 step "tests of the train example" cargo test --example train
 
@@ -177,7 +178,8 @@ native_tools() {
 tools=$PWD/target/native-tools
 now="the installation of tests/codegen/requirements.txt"
 if command -v python3 >/dev/null && native_tools; then
-    step "code generated for native FP4" env MX_NATIVE_TOOLS="$tools" cargo test --test codegen
+    step "code generated for native FP4" \
+        env MX_NATIVE_TOOLS="$tools" cargo test --all-features --test codegen --test native_kernel
 else
     skip "the code generated for native FP4 (python3 with venv, and PyPI)"
     [ "$mode" != require ] || exit 1

@@ -168,7 +168,7 @@ impl<L: Launcher> Route<L> {
 
 /// The kernels take any number of lines; sixteen suit the epilogue, which reads the sums by vectors.
 fn packing(spec: MxSpec) -> Result<Packing, String> {
-    let long = spec.block.len() % 32 == 0;
+    let long = spec.block.len().is_multiple_of(32);
     if spec.element != Element::E2M1 || spec.scale != ScaleFormat::E8M0 || !long {
         return Err(format!("{spec} is not E2M1 under E8M0 scales of at least 32"));
     }

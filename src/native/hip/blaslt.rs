@@ -188,7 +188,7 @@ impl Scales {
     /// How an operand is packed, or why the routes do not take its format.
     fn packing(self, spec: MxSpec) -> Result<Packing, String> {
         data_type(spec.element).ok_or_else(|| format!("{spec} is neither E2M1, E4M3 nor E5M2"))?;
-        if spec.scale != ScaleFormat::E8M0 || spec.block.len() % 32 != 0 {
+        if spec.scale != ScaleFormat::E8M0 || !spec.block.len().is_multiple_of(32) {
             return Err(format!("{spec} has no E8M0 scales of at least 32 elements"));
         }
         let (layout, lines, k) = match self {

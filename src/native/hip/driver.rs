@@ -152,6 +152,32 @@ fn pci(address: &str) -> Option<[u32; 4]> {
     parts.next().is_none().then_some([address[0], address[1], address[2], function])
 }
 
+/// Which of the devices, by PCI address and UUID, is the one wanted.
+fn find(devices: &[(String, Option<[u8; 16]>)], wanted: &Wanted) -> Result<usize, String> {
+    let at = pci(&wanted.pci);
+    let is = |(address, uuid): &(String, Option<[u8; 16]>)| {
+        let same_uuid = uuid.is_some() && *uuid == wanted.uuid;
+        same_uuid || at.is_some() && pci(address) == at
+    };
+    let found: Vec<usize> = (0..devices.len()).filter(|i| is(&devices[*i])).collect();
+    let addresses: Vec<&str> = devices.iter().map(|(address, _)| &**address).collect();
+    match found[..] {
+        [one] => Ok(one),
+        [] => Err(format!(
+            "none of HIP's {} devices is the one that is open: it is at {} with UUID {}, they are at {}",
+            devices.len(),
+            if wanted.pci.is_empty() { "no PCI address" } else { &wanted.pci },
+            wanted.uuid.map_or("none".into(), |id| id.map(|byte| format!("{byte:02x}")).concat()),
+            if addresses.is_empty() { "none".into() } else { addresses.join(", ") }
+        )),
+        _ => Err(format!(
+            "{} of HIP's devices, {}, answer to the one that is open: partitions of one cannot be told apart",
+            found.len(),
+            addresses.join(", ")
+        )),
+    }
+}
+
 impl Driver {
     /// Loads the runtime and opens the device.
     pub(crate) fn open(path: Option<&Path>, wanted: &Wanted) -> Result<Driver, String> {
@@ -167,6 +193,7 @@ impl Driver {
         // outlive the calls.
         check("hipInit", unsafe { (functions.init)(0) })?;
         let mut version = 0;
+        // SAFETY: as above.
         check("hipRuntimeGetVersion", unsafe { (functions.version)(&raw mut version) })?;
         let dotted = |v: c_int| format!("{}.{}.{}", v / 10_000_000, v / 100_000 % 100, v % 100_000);
         if version < OLDEST {
@@ -177,8 +204,9 @@ impl Driver {
             ));
         }
         let mut count = 0;
+        // SAFETY: as above.
         check("hipGetDeviceCount", unsafe { (functions.device_count)(&raw mut count) })?;
-        let (mut seen, mut found) = (Vec::new(), Vec::new());
+        let mut devices = Vec::new();
         for device in 0..count {
             let address = functions.text("hipDeviceGetPCIBusId", |buffer, len| {
                 // SAFETY: as above; the buffer has so many bytes.
@@ -187,34 +215,10 @@ impl Driver {
             let mut uuid = [0; 16];
             // SAFETY: as above. A runtime that has none for the device is matched by address.
             let has = unsafe { (functions.device_uuid)(&raw mut uuid, device) } == SUCCESS;
-            let same_uuid = has && wanted.uuid == Some(uuid);
-            if same_uuid || pci(&address).is_some_and(|at| pci(&wanted.pci) == Some(at)) {
-                found.push((device, address.clone()));
-            }
-            seen.push(address);
+            devices.push((address, has.then_some(uuid)));
         }
-        let or_none =
-            |list: &[String]| if list.is_empty() { "none".into() } else { list.join(", ") };
-        let (device, address) = match &found[..] {
-            [one] => one.clone(),
-            [] => {
-                return Err(format!(
-                    "none of HIP's {count} devices is the one that is open: it is at {} with UUID {}, they are at {}",
-                    if wanted.pci.is_empty() { "no PCI address" } else { &wanted.pci },
-                    wanted
-                        .uuid
-                        .map_or("none".into(), |id| id.map(|byte| format!("{byte:02x}")).concat()),
-                    or_none(&seen)
-                ));
-            }
-            _ => {
-                return Err(format!(
-                    "{} of HIP's devices, {}, answer to the one that is open: partitions of one cannot be told apart",
-                    found.len(),
-                    seen.join(", ")
-                ));
-            }
-        };
+        let found = find(&devices, wanted)?;
+        let (device, address) = (found as c_int, &devices[found].0);
         let name = functions.text("hipDeviceGetName", |buffer, len| {
             // SAFETY: as above.
             unsafe { (functions.device_name)(buffer, len, device) }
@@ -242,8 +246,8 @@ impl Driver {
     /// Runs `f` with the device current in this thread.
     pub(crate) fn with<T>(&self, f: impl FnOnce() -> T) -> Result<T, String> {
         // SAFETY: the device exists.
-        self.functions
-            .check("hipSetDevice", unsafe { (self.functions.set_device)(self.device) })?;
+        let status = unsafe { (self.functions.set_device)(self.device) };
+        self.functions.check("hipSetDevice", status)?;
         Ok(f())
     }
 
@@ -397,7 +401,7 @@ impl Runtime for Driver {
 }
 
 #[cfg(test)]
-mod layout {
+mod tests {
     use super::*;
     use std::mem::offset_of;
 
@@ -412,6 +416,27 @@ mod layout {
         ];
         assert_eq!(offsets, [8, 24, 32]);
         assert_eq!(size_of::<ExternalBuffer>(), 88);
+    }
+
+    #[test]
+    fn a_device_is_found_by_uuid_or_address() {
+        let device = |address: &str, id: u8| (address.to_string(), (id > 0).then_some([id; 16]));
+        let devices =
+            [device("0000:03:00.0", 0), device("0000:C3:00.0", 7), device("0001:c3:00.0", 8)];
+        let wanted =
+            |uuid: Option<u8>, pci: &str| Wanted { uuid: uuid.map(|id| [id; 16]), pci: pci.into() };
+        assert_eq!(find(&devices, &wanted(Some(7), "")), Ok(1));
+        // Mesa's UUID is another one.
+        assert_eq!(find(&devices, &wanted(Some(99), "0000:c3:00.0")), Ok(1));
+        assert_eq!(find(&devices, &wanted(None, "0001:c3:00.0")), Ok(2));
+        // No address is no match, also where HIP has no UUID.
+        for none in [wanted(None, ""), wanted(Some(99), "0000:04:00.0"), wanted(Some(0), "?")] {
+            assert!(find(&devices, &none).unwrap_err().starts_with("none of HIP's 3 devices"));
+        }
+        let partitions = [device("0000:03:00.0", 1), device("0000:03:00.0", 2)];
+        let several = find(&partitions, &wanted(None, "0000:03:00.0")).unwrap_err();
+        assert!(several.starts_with("2 of HIP's devices"), "{several}");
+        assert!(find(&[], &wanted(None, "")).is_err());
     }
 
     #[test]
