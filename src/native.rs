@@ -22,6 +22,14 @@
 
 #[cfg(all(feature = "cuda", any(target_os = "linux", target_os = "windows")))]
 pub mod cuda;
+#[cfg(all(feature = "hip", any(target_os = "linux", target_os = "windows")))]
+pub mod hip;
+#[cfg(all(
+    any(feature = "cuda", feature = "hip"),
+    any(target_os = "linux", target_os = "windows")
+))]
+pub(crate) mod kernel;
+pub mod layout;
 #[cfg(all(
     any(feature = "cuda", feature = "hip"),
     any(target_os = "linux", target_os = "windows")
@@ -29,6 +37,7 @@ pub mod cuda;
 pub(crate) mod load;
 #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
 pub(crate) mod registry;
+pub mod rescale;
 #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
 pub(crate) mod selftest;
 #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]

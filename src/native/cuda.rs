@@ -2,6 +2,7 @@
 //!
 //! | route | operands | adds up | needs |
 //! |---|---|---|---|
+//! | `cuda-mxfp4` | E2M1 twice under E8M0 | f32 | an NVRTC that compiles this crate's kernel for the device: sm_120 and sm_121. Not run on either: assembled (tests/codegen.rs) and emulated (tests/emulator.rs) |
 //! | `cublaslt-nvfp4` | E2M1 under E8M0 (MXFP4, its scales exactly rescaled) or E4M3 (NVFP4) | f32 | a cuBLASLt whose heuristic takes E2M1 with `VEC16_UE4M3` scales: sm_100 and later |
 //! | `cublaslt-mxfp8` | E4M3 under E8M0 | f32 | a heuristic that takes `VEC32_UE8M0` scales: sm_100 and later |
 //! | `cublaslt-fp8` | E2M1, E2M3, E3M2 or E4M3 under E8M0, as E4M3 relative to the line's anchor | fewer bits | a heuristic that takes FP8: sm_89 and later |
@@ -12,6 +13,7 @@
 
 pub(crate) mod cublaslt;
 pub(crate) mod driver;
+pub(crate) mod kernel;
 
 use std::sync::Arc;
 
@@ -21,7 +23,7 @@ use super::{Libraries, NativeRoute};
 pub(crate) type Opened = Result<Arc<dyn NativeRoute>, (&'static str, String)>;
 
 /// The names of the routes.
-const NAMES: [&str; 3] = ["cublaslt-nvfp4", "cublaslt-mxfp8", "cublaslt-fp8"];
+const NAMES: [&str; 4] = [kernel::NAME, "cublaslt-nvfp4", "cublaslt-mxfp8", "cublaslt-fp8"];
 
 /// Opens the CUDA device with this UUID, and its routes, best first.
 pub(crate) fn open(libraries: &Libraries, uuid: [u8; 16]) -> Vec<Opened> {
@@ -30,13 +32,18 @@ pub(crate) fn open(libraries: &Libraries, uuid: [u8; 16]) -> Vec<Opened> {
         Ok(driver) => Arc::new(driver),
         Err(reason) => return all(reason),
     };
+    let mut opened: Vec<Opened> = vec![match kernel::open(libraries, &driver) {
+        Ok(route) => Ok(Arc::new(route)),
+        Err(reason) => Err((kernel::NAME, reason)),
+    }];
     match cublaslt::Lt::open(libraries.cublaslt.as_deref(), &driver) {
-        Err(reason) => all(reason),
+        Err(reason) => opened.extend(NAMES[1..].iter().map(|name| Err((*name, reason.clone())))),
         Ok(lt) => {
             let lt = Arc::new(lt);
-            [cublaslt::Kind::Nvfp4, cublaslt::Kind::Mxfp8, cublaslt::Kind::Fp8]
-                .map(|kind| Ok(Arc::new(cublaslt::Route::new(&lt, kind)) as Arc<dyn NativeRoute>))
-                .into()
+            for kind in [cublaslt::Kind::Nvfp4, cublaslt::Kind::Mxfp8, cublaslt::Kind::Fp8] {
+                opened.push(Ok(Arc::new(cublaslt::Route::new(&lt, kind))));
+            }
         }
     }
+    opened
 }

@@ -231,6 +231,14 @@ fn open_all(gpu: &Gpu) -> Vec<Result<Arc<dyn NativeRoute>, (&'static str, String
             all.push(Err(("cuda", reason)));
         }
     }
+    #[cfg(all(feature = "hip", any(target_os = "linux", target_os = "windows")))]
+    {
+        let wanted = super::hip::Wanted {
+            uuid: crate::engine::vulkan::uuid(&gpu.device),
+            pci: gpu.device.adapter_info().device_pci_bus_id,
+        };
+        all.extend(super::hip::open(&gpu.libraries, &wanted));
+    }
     all
 }
 

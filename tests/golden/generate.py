@@ -30,6 +30,7 @@ from gfloat import RoundMode
 from torchao.prototype.mx_formats import mx_tensor, nvfp4_tensor
 from torchao.prototype.mx_formats.config import ScaleCalculationMode
 from torchao.prototype.mx_formats.kernels import unpack_uint4
+from torchao.prototype.mx_formats.utils import to_blocked
 
 import exact
 import inputs
@@ -256,6 +257,26 @@ def nvfp4():
     return out, {"agree": ",".join(map(str, agree))}
 
 
+# ------------------------------------------------------------ orders of scales
+
+SHAPES = [(128, 4), (256, 8), (1, 1), (130, 9), (33, 12), (384, 3), (100, 17)]
+
+
+def layouts():
+    """Random bytes [lines, groups], torchao's 128x4 order, and the 32x8 one as the permutation that AMD publishes."""
+    out, rng = {}, np.random.default_rng(11)
+    for rows, cols in SHAPES:
+        x = rng.integers(0, 256, (rows, cols), dtype=np.uint8)
+        tiled = to_blocked(torch.from_numpy(x)).numpy()
+        # Every byte is there, and what was added is zero.
+        assert np.array_equal(np.sort(tiled)[-x.size:], np.sort(x.ravel())) and not np.sort(tiled)[: tiled.size - x.size].any()
+        padded = np.pad(x, ((0, -rows % 32), (0, -cols % 8)))
+        view = padded.reshape(padded.shape[0] // 32, 2, 16, padded.shape[1] // 8, 2, 4)
+        name = f"{rows}x{cols}"
+        out |= {f"{name}.rows": x, f"{name}.128x4": tiled, f"{name}.32x8": view.transpose(0, 3, 5, 2, 4, 1).ravel()}
+    return out
+
+
 # ------------------------------------------------------------ writing
 
 
@@ -283,3 +304,4 @@ if __name__ == "__main__":
     write("blocks.safetensors", blocks())
     write("stochastic.safetensors", stochastic())
     write("nvfp4.safetensors", *nvfp4())
+    write("layouts.safetensors", layouts())

@@ -1,0 +1,30 @@
+//! The crate's own kernel for gfx950, `mxf4.hip`, compiled by hiprtc. Code for gfx950 loads on gfx950 alone.
+
+use std::sync::{Arc, OnceLock};
+
+use super::driver::Driver;
+use crate::native::Runtime;
+use crate::native::kernel::{Compiler, Route};
+use crate::native::load::Library;
+
+/// The route's name.
+pub(crate) const NAME: &str = "hip-mxfp4";
+
+pub(crate) fn open(driver: &Arc<Driver>) -> Result<Route<Driver>, String> {
+    let names: &[&str] = if cfg!(windows) {
+        &["hiprtc0700.dll", "hiprtc.dll"]
+    } else {
+        &["libhiprtc.so.7", "libhiprtc.so", "/opt/rocm/lib/libhiprtc.so"]
+    };
+    let library = Library::open(None, "MICROSCALING_HIPRTC", names)?;
+    let runtime: Arc<dyn Runtime> = Arc::<Driver>::clone(driver);
+    Ok(Route {
+        name: NAME,
+        compiler: Compiler::new(library, "hiprtc", "GetCode")?,
+        source: include_str!("mxf4.hip"),
+        target: "--offload-arch=gfx950".into(),
+        launcher: Arc::clone(driver),
+        runtime,
+        kernel: OnceLock::new(),
+    })
+}
