@@ -78,6 +78,16 @@ fn run(args: &Args) -> Result<()> {
     let mut natives = Vec::new();
     let mut failed = Vec::new();
     for (caps, adapter) in &devices {
+        let (mut caps, mut native) = (caps.clone(), None);
+        if let (true, Some(adapter)) = (args.native, adapter) {
+            // Also products that are too small to be worth it.
+            let options = Options { native_from: Some(0), ..Default::default() };
+            let ctx = pollster::block_on(Context::on_adapter(adapter, &options))?;
+            let found = pollster::block_on(ctx.test_native())?;
+            caps = caps.with_native(&found);
+            native = Some((ctx, found));
+        }
+        let caps = &caps;
         if !args.json {
             print_caps(caps);
         }
@@ -108,9 +118,8 @@ fn run(args: &Args) -> Result<()> {
                 .collect();
             result["selftest"] = json!({ "different": wrong, "digests": digests });
         }
-        if let (true, Some(adapter)) = (args.native, adapter) {
-            let ctx = pollster::block_on(Context::on_adapter(adapter, &Options::default()))?;
-            let gathered = evidence::gather(&ctx, args.quick, |line| {
+        if let Some((ctx, found)) = &native {
+            let gathered = evidence::gather(ctx, found, args.quick, |line| {
                 if !args.json {
                     println!("{line}");
                 }

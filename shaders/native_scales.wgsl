@@ -1,8 +1,7 @@
 // native_scales: the scales of an MX operand as a native route takes them.
 // Layout:   out: bytes of [rows][groups], both padded, in the order LAYOUT; a word an invocation. Word 0 of `flags` is set
-//           where UE4M3 does not hold the scale of a block that is not zero
-// Numerics: exact: E8M0 relative to the line's anchor, which is 127 (0 where it is further down); or UE4M3 of 2^(8 + scale -
-//           anchor), or NVFP4's own bytes
+//           where the format does not hold the scale of a block that is not zero
+// Numerics: exact: E8M0 relative to the line's anchor, which is 127; or UE4M3 of 2^(8 + scale - anchor), or NVFP4's own bytes
 // Dispatch: ceil(words / WG) workgroups, spread over x and y
 // Twin:     src/kernels/native_pack.rs
 
@@ -57,10 +56,10 @@ fn byte_at(i: u32, k: u32) -> u32 {
     if (anchor == 255u) { return 0u; }
     if (A_SCALE_E4M3) { return scale & 0x7fu; }
     let d = i32(scale) - i32(anchor);
-    if (!UE4M3) { return u32(max(d + 127, 0)); }
+    if (!UE4M3 && d >= -127) { return u32(d + 127); }
     // 2^(8 + d), normal from 2^-6 on.
-    if (d >= -14) { return u32(d + 15) << 3u; }
-    if (d >= -17) { return 1u << u32(d + 17); }
+    if (UE4M3 && d >= -14) { return u32(d + 15) << 3u; }
+    if (UE4M3 && d >= -17) { return 1u << u32(d + 17); }
     if (!is_zero(i, k)) { atomicStore(&flags[0], 1u); }
     return 0u;
 }

@@ -72,6 +72,9 @@ pub struct Options {
     pub validation: bool,
     /// Where the native routes' libraries are, if not where the system looks.
     pub libraries: crate::native::Libraries,
+    /// Products of fewer multiply-adds (m · n · k) go through a native route only by name, because handing over to another
+    /// driver takes longer than they do: 2³⁶, 4096³, unless said otherwise ([`crate::native::SMALLEST`]).
+    pub native_from: Option<u64>,
 }
 
 /// An engine: a GPU or the CPU. Cheap to clone.
@@ -180,6 +183,7 @@ impl Context {
                 gpu.bf16_matrices = extras.bf16;
                 gpu.external_semaphores = extras.external_semaphores;
                 gpu.libraries = options.libraries.clone();
+                gpu.native_from = options.native_from.unwrap_or(crate::native::SMALLEST);
                 return Ok(Context { engine: Arc::new(Engine::Gpu(Box::new(gpu))) });
             }
         }
@@ -189,6 +193,7 @@ impl Context {
             .map_err(|error| Error::Gpu(format!("opening {}: {error}", adapter.get_info().name)))?;
         let mut gpu = Gpu::new(device, queue, adapter, true, options.emulate_tensor);
         gpu.libraries = options.libraries.clone();
+        gpu.native_from = options.native_from.unwrap_or(crate::native::SMALLEST);
         Ok(Context { engine: Arc::new(Engine::Gpu(Box::new(gpu))) })
     }
 

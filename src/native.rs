@@ -65,6 +65,10 @@ pub struct Libraries {
     pub hipblaslt: Option<PathBuf>,
 }
 
+/// The multiply-adds from which on [`crate::Tier::Auto`] asks the routes. On an H100 a product through a library costs 0.45 ms
+/// besides its own time (DESIGN.md says for what), in which the tensor tier does 2³⁵ to 2³⁶ multiply-adds.
+pub const SMALLEST: u64 = 1 << 36;
+
 /// A product of packed operands, all contracted along their lines: A `[m, k]`, B `[n, k]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Problem {
@@ -127,7 +131,7 @@ pub struct Scales {
 /// The scales that routes take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RouteScale {
-    /// 2^(byte − 127), relative to the line's anchor, which is 127. Scales below 2⁻¹²⁷ of it are that.
+    /// 2^(byte − 127), relative to the line's anchor, which is 127: exact for 127 binades below it, else the flag is raised.
     E8m0,
     /// Positive E4M3. E8M0 scales become 2^(8 + scale − anchor): exact for 17 binades below the anchor, else the flag is
     /// raised. NVFP4's are taken as they are.

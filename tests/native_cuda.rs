@@ -9,12 +9,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use microscaling::native::{Libraries, Report, RouteState};
 use microscaling::{
     Axis, Context, DType, Error, Layout, MXFP4, MXFP6_E2M3, MXFP8_E4M3, MXINT8, Matmul, MatmulDesc,
-    MxSpec, MxTensor, NVFP4, Options, QuantizeDesc, Tensor, Tier, engine,
+    MxSpec, MxTensor, NVFP4, Options, QuantizeDesc, Tensor, Tier, engine, engine::caps::State,
 };
 
 type Test = fn(&wgpu::Adapter) -> Result<(), Failed>;
@@ -167,7 +168,7 @@ fn open(adapter: &wgpu::Adapter, cuda: &Path, cublaslt: &Path) -> Result<Context
         nvrtc: Some("".into()),
         ..Default::default()
     };
-    let options = Options { libraries, ..Default::default() };
+    let options = Options { libraries, native_from: Some(0), ..Default::default() };
     Ok(pollster::block_on(Context::on_adapter(adapter, &options))?)
 }
 
@@ -265,17 +266,22 @@ fn reference(operands: &[MxTensor; 2]) -> Vec<(f64, f64)> {
 
 /// Checks y = sums within `relative` of the terms' magnitudes, and returns the worst quotient.
 fn check(got: &[f32], want: &[(f64, f64)], relative: f64) -> Result<f64, Failed> {
+    let bounds: Vec<_> =
+        want.iter().map(|(want, abs)| (*want, (relative * abs).max(1e-37))).collect();
+    Ok(relative * within(got, &bounds)?)
+}
+
+/// Checks that y is within the bounds of what is wanted, and returns the largest share of a bound.
+fn within(got: &[f32], want: &[(f64, f64)]) -> Result<f64, Failed> {
     assert_eq!(got.len(), want.len());
     let mut worst = 0f64;
-    for (at, (got, (want, abs))) in got.iter().zip(want).enumerate() {
+    for (at, (got, (want, bound))) in got.iter().zip(want).enumerate() {
         let error = (f64::from(*got) - want).abs();
         // Not true of NaN.
-        if error <= relative * abs + 1e-37 {
-            worst = worst.max(error / abs.max(1e-37));
+        if error <= *bound {
+            worst = worst.max(if error == 0.0 { 0.0 } else { error / bound });
         } else {
-            return Err(
-                format!("output {at}: {got}, expected {want} within {:e}", relative * abs).into()
-            );
+            return Err(format!("output {at}: {got}, expected {want} within {bound:e}").into());
         }
     }
     Ok(worst)
@@ -361,6 +367,14 @@ fn two_devices(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     assert!(details.iter().any(|(_, value)| value == "Stand-in 101"), "{details:?}");
     let log = cuda.log()?;
     assert!(log.contains("cuDevicePrimaryCtxRetain 101") && !log.contains("Retain 100"), "{log}");
+    // The probe's lines: before anything is asked, and after.
+    let caps = ctx.caps();
+    let line = caps.get("native-cuda").ok_or("no line")?;
+    assert!(line.state != State::Yes && line.reason.contains("libcuda"), "{line:?}");
+    let caps = caps.with_native(&report);
+    let line = caps.get("native-cuda").ok_or("no line")?;
+    assert_eq!(line.state, State::Yes);
+    assert!(line.reason.contains("cublaslt-nvfp4, cublaslt-mxfp8, cublaslt-fp8: open"), "{line:?}");
     Ok(())
 }
 
@@ -372,7 +386,7 @@ fn heuristic_decides(adapter: &wgpu::Adapter) -> Result<(), Failed> {
         &["cublaslt-nvfp4: cublasLtMatmulAlgoGetHeuristic: CUBLAS_STATUS_NOT_SUPPORTED"],
     )?;
     // It is asked anew for another shape, in another context.
-    let (ctx, _cuda, lt) = opened(adapter, &[])?;
+    let (ctx, cuda, lt) = opened(adapter, &[])?;
     lt.set(0, 1)?;
     let operands = operands([40, 24, 96], [MXFP4; 2], 3)?;
     let matmul = Matmul::new(&ctx, &desc(&operands, Tier::Native))?;
@@ -382,6 +396,25 @@ fn heuristic_decides(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     let auto = Matmul::new(&ctx, &desc(&operands, Tier::Auto))?;
     assert_ne!(auto.tier(), Tier::Native);
     assert!(auto.why().contains("only by name"), "{}", auto.why());
+    // A small product is not worth handing over.
+    let libraries = Libraries {
+        cuda: Some(cuda.path.clone()),
+        cublaslt: Some(lt.path.clone()),
+        ..Default::default()
+    };
+    let options = Options { libraries, ..Default::default() };
+    let careful = pollster::block_on(Context::on_adapter(adapter, &options))?;
+    lt.set(0, 4)?;
+    let small = Matmul::new(&careful, &desc(&operands, Tier::Auto))?;
+    assert!(
+        small.tier() != Tier::Native && small.why().contains("is below 68719476736"),
+        "{}",
+        small.why()
+    );
+    let large = MatmulDesc { m: 4096, n: 4096, k: 4096, ..desc(&operands, Tier::Auto) };
+    assert_eq!(Matmul::new(&careful, &large)?.tier(), Tier::Native);
+    assert_eq!(Matmul::new(&careful, &desc(&operands, Tier::Native))?.tier(), Tier::Native);
+    lt.set(0, 1)?;
     // Formats and shapes that no route takes.
     for (desc, word) in [
         (
@@ -681,21 +714,175 @@ fn in_turns(ctx: &Context) -> Result<(), Failed> {
     ctx.submit(first)?;
     for (y, pair) in ys.iter().zip(&pairs) {
         let got: Vec<f32> = bytemuck::pod_collect_to_vec(&ctx.read_blocking(y)?);
-        check(&got, &reference(pair), FP8)?;
+        within(&got, &fp8_reference(pair))?;
     }
     Ok(())
 }
 
 // ---- The suite on NVIDIA devices -----------------------------------------------------------------------------------
 
-/// Of FP8 on tensor cores, relative to the sum of the terms' magnitudes: each instruction adds 32 products and the running
-/// sum after cutting each to 13 bits below the largest, and after 128 positions the partial sum goes into f32. So every
-/// magnitude loses at most (33 · 4) · 2^-13 of itself in the worst case, which random data does not come near: 2^-9 is asked
-/// for here, 1.5 times what a random walk of 33 · 4 losses of 2^-13 would give.
-const FP8: f64 = 1.0 / 512.0;
+/// How Hopper's tensor cores add FP8 products up, and what that can lose.
+///
+/// What is known was measured by others (DeepSeek-V3's technical report, arXiv 2412.19437, 3.3.2 and 3.5.2): an instruction takes
+/// 32 products and the running sum, shifts all right to the largest exponent among them, keeps about 14 bits of each, adds
+/// those, and keeps as many of the result; libraries add the running sum to one in f32 after some instructions, four in
+/// CUTLASS, if fast accumulation is off, as here. Assumed: 13 bits after the leading one, 32 neighbours along k, and at most
+/// 128 positions between the additions in f32.
+mod hopper {
+    /// Products of an instruction.
+    const GROUP: usize = 32;
+    /// Positions of k between additions in f32.
+    const PROMOTED: usize = 128;
+    /// Bits after the leading one.
+    const BITS: i32 = 13;
+
+    /// Of a number that is not zero.
+    fn exponent(x: f64) -> i32 {
+        ((x.to_bits() >> 52) & 0x7ff) as i32 - 1023
+    }
+
+    fn power(e: i32) -> f64 {
+        2f64.powi(e)
+    }
+
+    /// The exact sum, and how far the device may be from it: each product that is no multiple of the last bit kept loses less
+    /// than that bit, and so does the running sum; each result loses less than its own last bit; additions in f32 are rounded.
+    pub fn bound(terms: &[f64]) -> (f64, f64) {
+        let (mut total, mut lost) = (0f64, 0f64);
+        for part in terms.chunks(PROMOTED) {
+            let (mut sum, mut error) = (0f64, 0f64);
+            for group in part.chunks(GROUP) {
+                let running = sum.abs() + error;
+                let largest = group.iter().fold(running, |max, term| max.max(term.abs()));
+                if largest == 0.0 {
+                    continue;
+                }
+                let unit = power(exponent(largest) - BITS);
+                let cut = group.iter().filter(|term| (**term / unit).fract() != 0.0).count();
+                error += (cut + usize::from(running > 0.0)) as f64 * unit;
+                sum += group.iter().sum::<f64>();
+                error += (sum.abs() + error) * power(-BITS);
+            }
+            total += sum;
+            lost += error;
+            lost += (total.abs() + lost) * power(-23);
+        }
+        (total, lost)
+    }
+
+    /// A guess at what exactly happens, to be compared with what a device says.
+    #[derive(Clone, Copy, Debug)]
+    pub struct Guess {
+        /// Bits kept after the leading one of the largest product or running sum.
+        pub bits: i32,
+        /// Cut towards zero, or else towards minus infinity.
+        pub to_zero: bool,
+        /// Bits kept of the result after its leading one, if fewer than f32's.
+        pub result: Option<i32>,
+        /// Positions of k between additions in f32.
+        pub promoted: usize,
+    }
+
+    impl Guess {
+        pub fn all() -> Vec<Guess> {
+            let mut all = Vec::new();
+            for bits in [12, 13, 14] {
+                for to_zero in [true, false] {
+                    for result in [None, Some(13)] {
+                        for promoted in [32, 64, 128, 256, 512, usize::MAX] {
+                            all.push(Guess { bits, to_zero, result, promoted });
+                        }
+                    }
+                }
+            }
+            all
+        }
+
+        /// The sum of products a · b.
+        pub fn sum(&self, a: &[f64], b: &[f64]) -> f32 {
+            let mut total = 0f32;
+            let mut parts = 0;
+            for (a, b) in
+                a.chunks(self.promoted.min(a.len())).zip(b.chunks(self.promoted.min(a.len())))
+            {
+                let mut sum = 0f64;
+                for (a, b) in a.chunks(GROUP).zip(b.chunks(GROUP)) {
+                    sum = self.instruction(a, b, sum);
+                }
+                total = if parts == 0 { sum as f32 } else { total + sum as f32 };
+                parts += 1;
+            }
+            total
+        }
+
+        fn instruction(&self, a: &[f64], b: &[f64], sum: f64) -> f64 {
+            let nonzero = a.iter().zip(b).filter(|(a, b)| **a != 0.0 && **b != 0.0);
+            let largest = nonzero.map(|(a, b)| exponent(*a) + exponent(*b)).max();
+            let largest = largest.max((sum != 0.0).then(|| exponent(sum)));
+            let Some(largest) = largest else { return 0.0 };
+            let cut = |x: f64, unit: f64| match self.to_zero {
+                true => (x / unit).trunc() * unit,
+                false => (x / unit).floor() * unit,
+            };
+            let unit = power(largest - self.bits);
+            let all: f64 = a.iter().zip(b).map(|(a, b)| cut(a * b, unit)).sum();
+            let all = all + cut(sum, unit);
+            match self.result {
+                Some(bits) if all != 0.0 => cut(all, power(exponent(all) - bits)),
+                _ => all,
+            }
+        }
+    }
+}
+
+/// Both operands' values, line by line.
+fn dense(operands: &[MxTensor; 2]) -> [Vec<Vec<f64>>; 2] {
+    operands.each_ref().map(|x| {
+        let Layout { rows, cols, .. } = *x.layout();
+        (0..rows).map(|row| (0..cols).map(|col| f64::from(x.get(row, col))).collect()).collect()
+    })
+}
+
+/// Each output, and how far FP8 on Hopper may be from it.
+fn fp8_reference(operands: &[MxTensor; 2]) -> Vec<(f64, f64)> {
+    let [a, b] = dense(operands);
+    let mut out = Vec::new();
+    let mut terms = Vec::new();
+    for a in &a {
+        for b in &b {
+            terms.clear();
+            terms.extend(a.iter().zip(b).map(|(a, b)| a * b));
+            out.push(hopper::bound(&terms));
+        }
+    }
+    out
+}
+
+/// Random codes, NaN left out, under scales of 2^0 to 2^-spread.
+fn spread_operands(
+    [m, n, k]: [usize; 3],
+    specs: [MxSpec; 2],
+    spread: u32,
+    seed: u64,
+) -> Result<[MxTensor; 2], Failed> {
+    let make = |lines: usize, spec: MxSpec, seed: u64| -> Result<MxTensor, Failed> {
+        let layout = Layout::new(spec, Axis::One, lines, k)?;
+        let codes = common::words(seed, layout.codes_len().div_ceil(4));
+        let mut codes: Vec<u8> = codes.into_iter().flat_map(u32::to_le_bytes).collect();
+        codes.truncate(layout.codes_len());
+        if spec.element.bits() == 8 {
+            codes.iter_mut().filter(|code| **code & 0x7f == 0x7f).for_each(|code| *code ^= 1);
+        }
+        let scales = common::words(seed + 1, layout.scales_len());
+        let scales = scales.iter().map(|word| (127 - (word >> 8) % (spread + 1)) as u8).collect();
+        Ok(MxTensor::from_parts(layout, codes, scales, 1.0)?)
+    };
+    Ok([make(m, specs[0], seed)?, make(n, specs[1], seed + 2)?])
+}
 
 fn real(adapter: &wgpu::Adapter) -> Result<Context, Failed> {
-    Ok(pollster::block_on(Context::on_adapter(adapter, &Options::default()))?)
+    let options = Options { native_from: Some(0), ..Default::default() };
+    Ok(pollster::block_on(Context::on_adapter(adapter, &options))?)
 }
 
 fn real_refusal(adapter: &wgpu::Adapter) -> Result<(), Failed> {
@@ -731,26 +918,71 @@ fn real_sharing(adapter: &wgpu::Adapter) -> Result<(), Failed> {
 
 fn real_fp8(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     let ctx = real(adapter)?;
-    for (i, (shape, specs)) in [
-        ([64, 64, 64], [MXFP4; 2]),
-        ([130, 70, 203], [MXFP4; 2]),
-        ([257, 129, 1000], [MXFP4; 2]),
-        ([128, 256, 4096], [MXFP4; 2]),
-        ([128, 96, 512], [MXFP4, MXFP6_E2M3]),
+    for (i, (shape, specs, spread)) in [
+        ([64, 64, 64], [MXFP4; 2], 0),
+        ([130, 70, 203], [MXFP4; 2], 2),
+        ([64, 64, 4096], [MXFP4; 2], 0),
+        ([64, 64, 4096], [MXFP4; 2], 2),
+        ([64, 64, 4096], [MXFP4; 2], 4),
+        ([64, 64, 4096], [MXFP4; 2], 8),
+        ([64, 64, 4096], [MXFP4; 2], 14),
+        ([48, 40, 16384], [MXFP4; 2], 6),
+        ([128, 96, 512], [MXFP4, MXFP6_E2M3], 6),
+        ([64, 64, 2048], [MXFP8_E4M3; 2], 0),
     ]
     .into_iter()
     .enumerate()
     {
-        let pair = operands(shape, specs, 20 + i as u64)?;
+        let pair = spread_operands(shape, specs, spread, 20 + i as u64)?;
         let got = multiply(&ctx, &desc(&pair, Tier::Native), &pair)?;
-        let worst = check(&got, &reference(&pair), FP8)
-            .map_err(|error| format!("{shape:?} {specs:?}: {error:?}"))?;
-        eprintln!("{shape:?}: worst error 2^{:.1} of the terms", worst.log2());
+        let want = fp8_reference(&pair);
+        let all = reference(&pair);
+        let errors: Vec<f64> = got
+            .iter()
+            .zip(&all)
+            .map(|(got, (sum, abs))| (f64::from(*got) - sum).abs() / abs.max(1e-37))
+            .collect();
+        let worst = errors.iter().copied().fold(0.0, f64::max);
+        let mean = (errors.iter().map(|e| e * e).sum::<f64>() / errors.len() as f64).sqrt();
+        eprintln!(
+            "{shape:?} {} × {}, scales over {spread} binades: error 2^{:.1} of the terms' magnitudes at most, \
+             2^{:.1} root mean square",
+            specs[0],
+            specs[1],
+            worst.log2(),
+            mean.log2()
+        );
+        let share =
+            within(&got, &want).map_err(|error| format!("{shape:?} {specs:?}: {error:?}"))?;
+        eprintln!("    at most {share:.3} of the derived bound");
+        if shape[2] == 4096 && spread >= 2 {
+            guess(&pair, &got);
+        }
     }
+    assert_eq!(report(&ctx)?.recomputed, 0);
     let wide = wide_operands()?;
-    check(&multiply(&ctx, &desc(&wide, Tier::Native), &wide)?, &reference(&wide), FP8)?;
+    check(&multiply(&ctx, &desc(&wide, Tier::Native), &wide)?, &reference(&wide), TENSOR)?;
     assert_eq!(report(&ctx)?.recomputed, 1);
     Ok(())
+}
+
+/// Prints the guesses that most outputs agree with, bit for bit. None need be right.
+fn guess(pair: &[MxTensor; 2], got: &[f32]) {
+    let [a, b] = dense(pair);
+    let (m, n) = (24.min(a.len()), 24.min(b.len()));
+    let mut found: Vec<(usize, hopper::Guess)> = hopper::Guess::all()
+        .into_iter()
+        .map(|guess| {
+            let same = |(i, j): &(usize, usize)| {
+                got[i * b.len() + j].to_bits() == guess.sum(&a[*i], &b[*j]).to_bits()
+            };
+            ((0..m).flat_map(|i| (0..n).map(move |j| (i, j))).filter(same).count(), guess)
+        })
+        .collect();
+    found.sort_by_key(|(same, _)| std::cmp::Reverse(*same));
+    for (same, guess) in &found[..3] {
+        eprintln!("    {same} of {} outputs are those of {guess:?}", m * n);
+    }
 }
 
 fn real_epilogues(adapter: &wgpu::Adapter) -> Result<(), Failed> {
@@ -768,12 +1000,16 @@ fn real_epilogues(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     matmul.record_with(&mut stream, &a, &b, &mut y, extras)?;
     ctx.submit(stream)?;
     let got: Vec<f32> = bytemuck::pod_collect_to_vec(&ctx.read_blocking(&y)?);
-    let want: Vec<_> = reference(&pair)
+    let want: Vec<_> = fp8_reference(&pair)
         .iter()
         .enumerate()
-        .map(|(at, (sum, abs))| (3.0 * sum + 1.0 + f64::from(bias[at % 65]), 3.0 * abs + 10.0))
+        .map(|(at, (sum, bound))| {
+            let want = 3.0 * sum + 1.0 + f64::from(bias[at % 65]);
+            // Three additions and products in f32.
+            (want, 3.0 * bound + 4.0 * ROUNDED * (3.0 * sum.abs() + 10.0))
+        })
         .collect();
-    check(&got, &want, FP8)?;
+    within(&got, &want)?;
     Ok(())
 }
 
@@ -800,14 +1036,14 @@ fn real_row(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     ctx.submit(stream)?;
     for (y, pair) in ys.iter().zip(&pairs) {
         let got: Vec<f32> = bytemuck::pod_collect_to_vec(&ctx.read_blocking(y)?);
-        check(&got, &reference(pair), FP8)?;
+        within(&got, &fp8_reference(pair))?;
     }
     in_turns(&ctx)
 }
 
 fn real_rate(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     let ctx = real(adapter)?;
-    for side in [1024, 4096, 8192] {
+    for side in [64, 1024, 2048, 4096, 8192] {
         // Scales of one value and codes of all kinds: what is multiplied makes no difference here.
         let layout = Layout::new(MXFP4, Axis::One, side, side)?;
         let codes = (0..layout.codes_len()).map(|at| (at * 37 + at / 251) as u8).collect();
@@ -817,17 +1053,23 @@ fn real_rate(adapter: &wgpu::Adapter) -> Result<(), Failed> {
         for tier in [Tier::Tensor, Tier::Native] {
             let desc = MatmulDesc { m: side, n: side, k: side, tier, ..Default::default() };
             let Ok(matmul) = Matmul::new(&ctx, &desc) else { continue };
-            let mut best = f64::INFINITY;
+            let (mut best, mut host) = (f64::INFINITY, f64::INFINITY);
             for _ in 0..3 {
+                let mut recording = Duration::ZERO;
                 let time = pollster::block_on(microscaling::report::time(&ctx, 8, |stream, _| {
-                    matmul.record(stream, &x, &x, &mut y)
+                    let start = Instant::now();
+                    matmul.record(stream, &x, &x, &mut y)?;
+                    recording += start.elapsed();
+                    Ok(())
                 }))?;
                 best = best.min(time.as_secs_f64() / 8.0);
+                host = host.min(recording.as_secs_f64() / 8.0);
             }
             eprintln!(
-                "{side}³ {tier}: {:.3} ms, {:.0} TFLOP/s",
+                "{side}³ {tier}: {:.3} ms, {:.0} TFLOP/s; the host records for {:.3} ms",
                 best * 1e3,
-                desc.flops() / best * 1e-12
+                desc.flops() / best * 1e-12,
+                host * 1e3
             );
         }
     }

@@ -156,7 +156,7 @@ impl Bench {
         let hiprtc = hiprtc.unwrap_or(Path::new("off"));
         // SAFETY: tests run one after the other, and nothing else reads or writes the environment meanwhile.
         unsafe { std::env::set_var("MICROSCALING_HIPRTC", hiprtc) };
-        let options = Options { libraries, ..Default::default() };
+        let options = Options { libraries, native_from: Some(0), ..Default::default() };
         let ctx = pollster::block_on(Context::on_adapter(&self.adapter, &options)).unwrap();
         // Opened now, while the variable is set.
         pollster::block_on(ctx.native()).unwrap();

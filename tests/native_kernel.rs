@@ -169,7 +169,7 @@ mod suite {
                 hip: Some(PathBuf::new()),
                 ..Default::default()
             };
-            let options = Options { libraries, ..Default::default() };
+            let options = Options { libraries, native_from: Some(0), ..Default::default() };
             pollster::block_on(Context::on_adapter(&self.adapter, &options)).unwrap()
         }
 

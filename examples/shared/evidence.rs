@@ -24,10 +24,14 @@ const FORMATS: [(&str, [MxSpec; 2]); 4] = [
 /// Sizes that are timed, m = n = k.
 const SIDES: [usize; 3] = [1024, 4096, 8192];
 
-/// Tests and measures a device's routes; `say` gets lines for a person.
-pub fn gather(ctx: &Context, quick: bool, mut say: impl FnMut(String)) -> Result<Value> {
-    let found = pollster::block_on(ctx.test_native())?;
-    describe(&found, &mut say);
+/// Measures a device's routes, which were tested; `say` gets lines for a person.
+pub fn gather(
+    ctx: &Context,
+    found: &Report,
+    quick: bool,
+    mut say: impl FnMut(String),
+) -> Result<Value> {
+    describe(found, &mut say);
     let products = FORMATS
         .iter()
         .map(|(name, specs)| product(ctx, name, *specs, &mut say))

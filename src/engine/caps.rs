@@ -6,6 +6,8 @@
 #[cfg(not(target_arch = "wasm32"))]
 pub(crate) mod vulkan;
 
+use crate::native::{Report, RouteReport, RouteState};
+
 /// What an adapter (or the CPU engine) offers.
 #[derive(Clone, Debug)]
 pub struct Caps {
@@ -83,7 +85,6 @@ impl Caps {
         ] {
             lines.push(Capability::new(name, yes, "by cpuid"));
         }
-        lines.extend(native());
         Caps {
             name: "CPU".into(),
             vendor: 0,
@@ -213,16 +214,70 @@ impl Caps {
                 })
     }
 
+    /// The same, with what a context's native routes said ([`crate::Context::native`], [`crate::Context::test_native`]).
+    pub fn with_native(mut self, report: &Report) -> Caps {
+        for line in self.lines.iter_mut().filter(|line| line.name.starts_with("native-")) {
+            let hip = line.name == "native-hip";
+            let of = |route: &&RouteReport| route.name.starts_with("hip") == hip;
+            let routes: Vec<_> = report.routes.iter().filter(of).collect();
+            // A build without them keeps its line.
+            if routes.is_empty() {
+                continue;
+            }
+            let usable = |route: &&RouteReport| !matches!(route.state, RouteState::Disabled(_));
+            line.state = if routes.iter().any(usable) { State::Yes } else { State::No };
+            // One reason for several routes is said once.
+            let mut groups: Vec<(String, Vec<&str>)> = Vec::new();
+            for route in &routes {
+                let state = match &route.state {
+                    RouteState::Untested => "open".into(),
+                    RouteState::Passed(_) => "known-answer test passed".into(),
+                    RouteState::Disabled(reason) => reason.clone(),
+                };
+                match groups.iter_mut().find(|(known, _)| *known == state) {
+                    Some((_, names)) => names.push(&route.name),
+                    None => groups.push((state, vec![&route.name])),
+                }
+            }
+            let said: Vec<_> = groups
+                .into_iter()
+                .map(|(state, names)| format!("{}: {state}", names.join(", ")))
+                .collect();
+            line.reason = said.join("; ");
+        }
+        self
+    }
+
     /// The line called `name`.
     pub fn get(&self, name: &str) -> Option<&Capability> {
         self.lines.iter().find(|line| line.name == name)
     }
 }
 
-/// Native routes to FP4 tensor cores.
+/// Whether this build has a vendor's native routes, and whether its driver is here. It is loaded, no more: opening a device
+/// and asking its libraries takes long; [`Caps::with_native`] has the answers of a context that did.
 fn native() -> [Capability; 2] {
-    [
-        Capability::new("native-cuda", false, "not built in"),
-        Capability::new("native-hip", false, "not built in"),
-    ]
+    [("native-cuda", "cuda", cfg!(feature = "cuda")), ("native-hip", "hip", cfg!(feature = "hip"))]
+        .map(|(name, feature, built)| match driver(feature) {
+            _ if !built => {
+                let reason = format!("not in this build, which lacks the Cargo feature {feature}");
+                Capability::new(name, false, reason)
+            }
+            Ok(found) => Capability::unknown(
+                name,
+                format!("{found} is here; what it takes, `info --native` asks it"),
+            ),
+            Err(reason) => Capability::new(name, false, reason),
+        })
+}
+
+/// The name under which a vendor's driver can be loaded, or why it cannot.
+fn driver(feature: &str) -> Result<String, String> {
+    match feature {
+        #[cfg(all(feature = "cuda", any(target_os = "linux", target_os = "windows")))]
+        "cuda" => crate::native::cuda::driver::library(None).map(|library| library.name),
+        #[cfg(all(feature = "hip", any(target_os = "linux", target_os = "windows")))]
+        "hip" => crate::native::hip::driver::library(None).map(|library| library.name),
+        _ => Err(format!("{feature} has no libraries on this system")),
+    }
 }

@@ -30,6 +30,8 @@ pub(crate) struct Gpu {
     pub(crate) external_semaphores: bool,
     /// Where native routes' libraries are.
     pub(crate) libraries: crate::native::Libraries,
+    /// The multiply-adds from which on native routes are chosen by themselves.
+    pub(crate) native_from: u64,
     /// The native routes, opened when first asked for.
     #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
     native: std::sync::OnceLock<crate::native::registry::Registry>,
@@ -84,6 +86,7 @@ impl Gpu {
             bf16_matrices: false,
             external_semaphores: false,
             libraries: Default::default(),
+            native_from: crate::native::SMALLEST,
             #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
             native: Default::default(),
             pipelines: Mutex::default(),

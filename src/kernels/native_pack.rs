@@ -120,7 +120,7 @@ pub fn pack(x: &MxTensor, packing: &Packing) -> Result<HostPacked> {
                     let d = i32::from(scale(line, at)) - anchor(line) as i32;
                     let byte = e4m3(spec.element, code, d + window);
                     inexact |= byte.is_none();
-                    codes[line * padded_k + at] = byte.unwrap_or(code >> (bits - 1) << 7);
+                    codes[line * padded_k + at] = byte.unwrap_or(0);
                 }
                 Codes::E4m3 { .. } => {}
             }
@@ -140,7 +140,13 @@ pub fn pack(x: &MxTensor, packing: &Packing) -> Result<HostPacked> {
                     (.., 255) => 0,
                     (_, ScaleFormat::E4M3, _) => scale(line, first) & 0x7f,
                     (RouteScale::E8m0, _, anchor) => {
-                        (i32::from(scale(line, first)) - anchor as i32 + 127).max(0) as u8
+                        match 127 + i32::from(scale(line, first)) - anchor as i32 {
+                            e @ 0.. => e as u8,
+                            _ => {
+                                inexact |= !zero();
+                                0
+                            }
+                        }
                     }
                     (RouteScale::Ue4m3, _, anchor) => {
                         match 8 + i32::from(scale(line, first)) - anchor as i32 {
@@ -328,4 +334,287 @@ fn scales_of(spec: MxSpec) -> Vec<Scales> {
         add(RouteScale::Ue4m3, 16, &[Tiles128x4]);
     }
     list
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::Engine;
+    use crate::formats::{Block, Layout};
+    use crate::rng::{ROUNDS, threefry4x32};
+    use crate::{Axis, Context, Options};
+
+    /// All packings that a route may ask for.
+    fn packings(spec: MxSpec) -> Vec<Packing> {
+        let mut all = Vec::new();
+        let floats = spec.scale == ScaleFormat::E8M0
+            && !matches!(spec.element, Element::Int8 | Element::E5M2);
+        if floats {
+            // The largest that E4M3 allows, and a smaller one.
+            let largest = (448.0 / spec.element.max()).log2().floor() as i32;
+            for window in [largest, largest - 2] {
+                all.push(Packing { codes: Codes::E4m3 { window }, scales: None, lines: 16, k: 32 });
+            }
+        }
+        if spec.element.bits() != 6 {
+            for (scales, lines, k) in scales_of(spec)
+                .into_iter()
+                .zip([(16, 128), (1, 32), (32, 256), (128, 64)])
+                .map(|(s, p)| (s, p.0, p.1))
+            {
+                all.push(Packing { codes: Codes::Same, scales: Some(scales), lines, k });
+            }
+        }
+        all
+    }
+
+    /// Random codes, also in the padding, under scales that lie within `spread` binades but for a few, one line in eight NaN.
+    fn tensor(spec: MxSpec, lines: usize, k: usize, spread: u32, seed: u32) -> MxTensor {
+        let layout = Layout::new(spec, Axis::One, lines, k).unwrap();
+        let word = |at: usize, what: u32| {
+            threefry4x32::<ROUNDS>([at as u32, what, 0, 0], [seed, 0, 0, 0])[0]
+        };
+        let mut codes: Vec<u8> = (0..layout.codes_len()).map(|at| word(at, 0) as u8).collect();
+        // Some blocks of zeros, which may have any scale.
+        let bytes = layout.block_bytes();
+        for block in codes.chunks_exact_mut(bytes).step_by(5) {
+            block.fill(0);
+        }
+        let blocks = layout.blocks();
+        let scales = (0..layout.scales_len())
+            .map(|at| {
+                let draw = word(at, 1) >> 8;
+                match spec.scale {
+                    ScaleFormat::E4M3 => (draw % 0x7f) as u8,
+                    ScaleFormat::E8M0 if at / blocks % 8 == 7 && at % blocks == 0 => 255,
+                    // Some lines have a block far above the others.
+                    ScaleFormat::E8M0 if spread > 20 && draw % 61 == 0 => {
+                        200 + (draw >> 8) as u8 % 55
+                    }
+                    ScaleFormat::E8M0 if draw % 61 == 0 => (draw >> 8) as u8 % 130,
+                    ScaleFormat::E8M0 => 130 - (draw % (spread + 1)) as u8,
+                }
+            })
+            .collect();
+        MxTensor::from_parts(layout, codes, scales, 1.0).unwrap()
+    }
+
+    /// The same values contracted over their lines: squares have one scale for either.
+    fn transpose(x: &MxTensor) -> MxTensor {
+        let from = *x.layout();
+        let to = Layout::new(from.spec, Axis::One, from.cols, from.rows).unwrap();
+        let bits = from.spec.element.bits();
+        let mut codes = vec![0; to.codes_len()];
+        for (line, out) in codes.chunks_exact_mut(to.line_bytes()).enumerate() {
+            let mut values = vec![0; to.line_bytes() * 8 / bits as usize];
+            for (at, value) in values.iter_mut().enumerate().take(to.cols) {
+                let bytes = from.line_bytes();
+                *value =
+                    crate::formats::block::unpack(bits, &x.codes()[at * bytes..][..bytes], line);
+            }
+            crate::formats::block::pack(bits, &values, out);
+        }
+        let (side, mut scales) = (to.spec.block.lines(), vec![0; to.scales_len()]);
+        for line in (0..to.rows).step_by(side) {
+            for at in (0..to.cols).step_by(side) {
+                scales[to.scale_index(line, at)] = x.scales()[from.scale_index(at, line)];
+            }
+        }
+        MxTensor::from_parts(to, codes, scales, x.tensor_scale()).unwrap()
+    }
+
+    /// The largest scale byte of a line, or 255 if any is; 127 where scales are no powers of two.
+    fn anchor(x: &MxTensor, line: usize) -> i32 {
+        let layout = x.layout();
+        if layout.spec.scale == ScaleFormat::E4M3 {
+            return 127;
+        }
+        // A square's lines have one anchor.
+        let side = layout.spec.block.lines();
+        let scales = (0..layout.blocks()).map(|b| x.scales()[line / side * layout.blocks() + b]);
+        scales.max().unwrap_or(127).into()
+    }
+
+    /// What a packing means, by values: code · scale · 2^(anchor - 127 - exponent) is the element.
+    fn check(x: &MxTensor, packing: &Packing, packed: &HostPacked) {
+        let layout = *x.layout();
+        let spec = layout.spec;
+        let (lines, k) = (layout.lines(), layout.line_len());
+        let [padded_lines, padded_k] = packing.padded(lines, k);
+        let e4m3 = packing.codes != Codes::Same;
+        let bits = if e4m3 { 8 } else { spec.element.bits() as usize };
+        assert_eq!(packed.codes.len() * 8, padded_lines * padded_k * bits);
+        let element = if e4m3 { Element::E4M3 } else { spec.element };
+        let exponent = packing.exponent(spec);
+        let mut lost = false;
+        let mut seen = vec![false; packed.scales.len()];
+        for line in 0..padded_lines {
+            for at in 0..padded_k {
+                let place = line * padded_k + at;
+                let code = match bits {
+                    4 => packed.codes[place / 2] >> (4 * (place % 2)) & 15,
+                    _ => packed.codes[place],
+                };
+                let mut scale = 1f64;
+                if let Some(Scales { format, group, layout: order }) = packing.scales {
+                    let offset = order.offset(padded_k / group, line, at / group);
+                    seen[offset] = true;
+                    scale = match format {
+                        RouteScale::E8m0 => 2f64.powi(i32::from(packed.scales[offset]) - 127),
+                        RouteScale::Ue4m3 => f64::from(Element::E4M3.decode(packed.scales[offset])),
+                    };
+                    if line >= lines || at >= k.next_multiple_of(group) {
+                        assert_eq!(packed.scales[offset], 0, "padding of scales, {line} {at}");
+                    }
+                }
+                if line >= lines || at >= k {
+                    assert_eq!(code, 0, "padding, {line} {at}");
+                    continue;
+                }
+                let anchor = anchor(x, line);
+                if anchor == 255 {
+                    continue;
+                }
+                let bytes = layout.line_bytes();
+                let own = crate::formats::block::unpack(
+                    spec.element.bits(),
+                    &x.codes()[line * bytes..][..bytes],
+                    at,
+                );
+                let byte = x.scales()[layout.scale_index(line, at)];
+                let value = f64::from(spec.element.decode(own))
+                    * match spec.scale {
+                        ScaleFormat::E8M0 => 2f64.powi(i32::from(byte) - anchor),
+                        ScaleFormat::E4M3 => f64::from(Element::E4M3.decode(byte)),
+                    };
+                let got = f64::from(element.decode(code)) * scale * 2f64.powi(-exponent);
+                let same = got == value && got.is_sign_negative() == value.is_sign_negative()
+                    || got.is_nan() && value.is_nan();
+                lost |= !same;
+                assert!(
+                    same || packed.inexact,
+                    "{spec} {packing:?} {line} {at}: {got} instead of {value}"
+                );
+            }
+        }
+        assert_eq!(lost, packed.inexact, "{spec} {packing:?}");
+        if packing.scales.is_some() {
+            let [rows, groups] = packing.scale_shape(lines, k);
+            let own = padded_lines * (padded_k / packing.scales.map_or(1, |s| s.group));
+            assert_eq!(seen.iter().filter(|seen| **seen).count(), own);
+            // What the layout pads besides is zero.
+            assert_eq!(packed.scales.len(), (rows * groups).next_multiple_of(4));
+            for (byte, _) in packed.scales.iter().zip(&seen).filter(|(_, seen)| !**seen) {
+                assert_eq!(*byte, 0);
+            }
+        }
+    }
+
+    const SHAPES: [[usize; 2]; 4] = [[17, 96], [1, 8], [130, 200], [33, 331]];
+
+    #[test]
+    fn packed_operands_have_their_values() {
+        let mut exact = 0;
+        let mut inexact = 0;
+        for spec in crate::kernels::all_specs() {
+            for packing in packings(spec) {
+                for (i, [lines, k]) in SHAPES.into_iter().enumerate() {
+                    for spread in [0, 9, 30] {
+                        let x = tensor(spec, lines, k, spread, i as u32);
+                        let packed = pack(&x, &packing).unwrap();
+                        check(&x, &packing, &packed);
+                        *(if packed.inexact { &mut inexact } else { &mut exact }) += 1;
+                    }
+                }
+            }
+        }
+        assert!(exact > 100 && inexact > 100, "{exact} exact, {inexact} not");
+    }
+
+    #[test]
+    fn values_that_were_moved_are_noticed() {
+        let x = tensor(crate::MXFP4, 130, 200, 9, 1);
+        let scales =
+            Scales { format: RouteScale::E8m0, group: 32, layout: ScaleLayout::Tiles128x4 };
+        let packing = Packing { codes: Codes::Same, scales: Some(scales), lines: 16, k: 32 };
+        let mut packed = pack(&x, &packing).unwrap();
+        packed.scales.swap(4, 20);
+        let caught = std::panic::catch_unwind(|| check(&x, &packing, &packed));
+        assert!(caught.is_err());
+    }
+
+    /// The shaders against the twin, on every adapter.
+    #[test]
+    fn shaders_pack_as_the_twin() {
+        let mode = std::env::var("MX_TEST_GPU").unwrap_or_default();
+        let adapters = match &*mode {
+            "off" => Vec::new(),
+            _ => pollster::block_on(crate::engine::adapters(false)),
+        };
+        assert!(mode != "require" || !adapters.is_empty(), "MX_TEST_GPU=require, but no adapter");
+        for adapter in &adapters {
+            let ctx =
+                pollster::block_on(Context::on_adapter(adapter, &Options::default())).unwrap();
+            for spec in crate::kernels::all_specs() {
+                for packing in packings(spec) {
+                    for (i, [lines, k]) in SHAPES.into_iter().enumerate() {
+                        let x = tensor(spec, lines, k, [9, 0, 30, 14][i], 5);
+                        on_device(&ctx, &x, false, &x, &packing);
+                        if matches!(spec.block, Block::Square(_)) && i % 2 == 0 {
+                            on_device(&ctx, &x, true, &transpose(&x), &packing);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Packs `x` on the device and `same`, which is `x` as it is contracted, by the twin.
+    fn on_device(
+        ctx: &Context,
+        x: &MxTensor,
+        transposed: bool,
+        same: &MxTensor,
+        packing: &Packing,
+    ) {
+        let Engine::Gpu(gpu) = ctx.engine() else { return };
+        let want = pack(same, packing).unwrap();
+        let make = |bytes: usize, fill: u8| {
+            let bytes = bytes.next_multiple_of(16).max(16);
+            let buffer = gpu.create_buffer("test", bytes as u64).unwrap();
+            gpu.write(&buffer, &vec![fill; bytes]).unwrap();
+            buffer
+        };
+        let buffers = [make(want.codes.len(), 0xa5), make(want.scales.len(), 0xa5), make(16, 0)];
+        let [codes, scales, flags] = &buffers;
+        let device = ctx.upload_mx(x).unwrap();
+        let mut stream = ctx.stream();
+        record(&mut stream, &device, transposed, packing, Packed { codes, scales, flags }).unwrap();
+        ctx.submit(stream).unwrap();
+        let read = |buffer: &wgpu::Buffer, bytes: usize| {
+            let mut out = Vec::new();
+            let whole = bytes.next_multiple_of(4).max(4) as u64;
+            pollster::block_on(gpu.read(buffer, whole, &mut out)).unwrap();
+            out.truncate(bytes);
+            out
+        };
+        let got = HostPacked {
+            codes: read(codes, want.codes.len()),
+            scales: read(scales, want.scales.len()),
+            inexact: read(flags, 4) != [0; 4],
+        };
+        let layout = x.layout();
+        assert!(
+            got == want,
+            "{} {} {}×{} transposed {transposed} {packing:?}: codes {}, scales {}, inexact {} {}",
+            ctx.caps().name,
+            layout.spec,
+            layout.rows,
+            layout.cols,
+            got.codes == want.codes,
+            got.scales == want.scales,
+            got.inexact,
+            want.inexact
+        );
+    }
 }

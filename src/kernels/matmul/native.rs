@@ -60,6 +60,13 @@ pub(super) fn choose(
     any: bool,
 ) -> std::result::Result<(Arc<Entry>, [Packing; 2], Problem), String> {
     let problem = problem(desc)?;
+    let work = (desc.m as u64).saturating_mul(desc.n as u64).saturating_mul(desc.k as u64);
+    if !any && work < gpu.native_from {
+        return Err(format!(
+            "m · n · k is below {}: handing it over would take longer than the product",
+            gpu.native_from
+        ));
+    }
     let (entry, packings) = gpu.native().choose(ctx, &problem, any)?;
     let largest = sizes(&problem, &packings).into_iter().max().unwrap_or(0);
     if largest > gpu.max_binding {

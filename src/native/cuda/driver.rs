@@ -103,11 +103,16 @@ impl Functions {
     }
 }
 
+/// Loads the driver; calls nothing.
+pub(crate) fn library(path: Option<&Path>) -> Result<Library, String> {
+    let names: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1"] };
+    Library::open(path, "MICROSCALING_CUDA", names)
+}
+
 impl Driver {
     /// Loads the driver and opens the device.
     pub(crate) fn open(path: Option<&Path>, uuid: [u8; 16]) -> Result<Driver, String> {
-        let names: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1"] };
-        let library = Library::open(path, "MICROSCALING_CUDA", names)?;
+        let library = library(path)?;
         let functions = Functions::load(&library)?;
         let sharing = Sharing::load(&library);
         let check = |what: &str, status| functions.check(what, status);

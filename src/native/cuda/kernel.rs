@@ -68,8 +68,7 @@ pub(crate) fn open(libraries: &Libraries, driver: &Arc<Driver>) -> Result<Route<
 impl Modules {
     fn new(path: Option<&Path>, driver: &Arc<Driver>) -> Result<Modules, String> {
         // The library that the driver has open already.
-        let names: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1"] };
-        let library = Library::open(path, "MICROSCALING_CUDA", names)?;
+        let library = super::driver::library(path)?;
         Ok(Modules { functions: Functions::load(&library)?, driver: Arc::clone(driver) })
     }
 

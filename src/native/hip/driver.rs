@@ -178,15 +178,20 @@ fn find(devices: &[(String, Option<[u8; 16]>)], wanted: &Wanted) -> Result<usize
     }
 }
 
+/// Loads the runtime; calls nothing.
+pub(crate) fn library(path: Option<&Path>) -> Result<Library, String> {
+    let names: &[&str] = if cfg!(windows) {
+        &["amdhip64_7.dll", "amdhip64.dll"]
+    } else {
+        &["libamdhip64.so.7", "libamdhip64.so", "/opt/rocm/lib/libamdhip64.so"]
+    };
+    Library::open(path, "MICROSCALING_HIP", names)
+}
+
 impl Driver {
     /// Loads the runtime and opens the device.
     pub(crate) fn open(path: Option<&Path>, wanted: &Wanted) -> Result<Driver, String> {
-        let names: &[&str] = if cfg!(windows) {
-            &["amdhip64_7.dll", "amdhip64.dll"]
-        } else {
-            &["libamdhip64.so.7", "libamdhip64.so", "/opt/rocm/lib/libamdhip64.so"]
-        };
-        let library = Library::open(path, "MICROSCALING_HIP", names)?;
+        let library = library(path)?;
         let functions = Functions::load(&library)?;
         let check = |what: &str, status| functions.check(what, status);
         // SAFETY: of this call and the next ones: the arguments are as HIP documents them, and pointers are to locals that
