@@ -15,8 +15,8 @@ use microscaling::train::checkpoint::Checkpoint;
 use microscaling::train::linear::{Draws, LinearDesc, MxLinear, Step};
 use microscaling::train::model::{Model, ModelDesc, Pass};
 use microscaling::train::recipe::{
-    Cast, Dense, Form as Format, Linear, LossScale, MomentType, PRESETS, Recipe, Round, Scale,
-    Signs,
+    Cast, Dense, Form as Format, Linear, LossScale, MomentType, PRESETS, Recipe, Reset, Round,
+    Scale, Signs,
 };
 use microscaling::train::trainer::{RunDesc, Trainer};
 use microscaling::{
@@ -35,6 +35,8 @@ const SUITE: &[(&str, Test)] = &[
     ("a_loss_scale_changes_no_bit", loss_scale),
     ("every_preset_learns", learns),
     ("a_run_goes_on_from_a_checkpoint", resumes),
+    ("late_forward_is_dense", late_forward),
+    ("weights_that_oscillate_are_reset", oscillates),
     ("divergence_is_an_error", diverges),
 ];
 
@@ -806,7 +808,11 @@ fn resumes(ctx: &Context, step: usize) -> Result<(), Failed> {
     let mut half = recipe("f32");
     half.optimizer.moments = MomentType::Bf16;
     half.optimizer.master = Dense::Bf16;
-    let recipes = [recipe("mxfp4"), eight, half, recipe("bf16")];
+    // Resets before the checkpoint, at it, and after; dense from the sixth step on, and from the third.
+    let resets = |every| Some(Reset { every, threshold: 1.0 });
+    let changing = Recipe { oscillation: resets(3), late_forward: 0.4, ..recipe("mxfp4") };
+    let late = Recipe { oscillation: resets(5), late_forward: 0.7, ..recipe("mixed") };
+    let recipes = [changing, recipe("mxfp4"), eight, half, recipe("bf16"), late];
     for recipe in &recipes[..if step > 1 { 1 } else { recipes.len() }] {
         let run = run_desc(recipe.clone(), desc.clone(), 10);
         let batch = |step| repetitive_batch(&desc, step);
@@ -850,6 +856,49 @@ fn resumes(ctx: &Context, step: usize) -> Result<(), Failed> {
 
 /// Weights of 10¹⁵ make scores that overflow, and the loss NaN. Those of 10³⁰ overflow in the norms, whose outputs are then
 /// zero: the loss is that of equal logits, but its gradient is not finite whatever the scale.
+/// Dense from the first step on is the recipe without a packed forward.
+fn late_forward(ctx: &Context, _: usize) -> Result<(), Failed> {
+    let desc = small(1, 1);
+    let packed = Recipe { oscillation: None, late_forward: 0.0, ..recipe("mxfp4") };
+    let mut dense = packed.clone();
+    dense.linear = dense.linear.dense_forward(Dense::Bf16);
+    let late = Recipe { late_forward: 1.0, ..packed.clone() };
+    let mut ends = Vec::new();
+    for recipe in [packed, dense, late] {
+        let mut trainer = Trainer::new(ctx, &run_desc(recipe, desc.clone(), 4))?;
+        for step in 0..4 {
+            trainer.train(&repetitive_batch(&desc, step), false)?;
+        }
+        let held_out = block_on(trainer.evaluate(std::iter::once(repetitive_batch(&desc, 9))))?;
+        ends.push((state(&trainer)?.tensors, held_out.to_bits()));
+    }
+    assert!(ends[1] == ends[2]);
+    assert!(ends[0] != ends[1]);
+    Ok(())
+}
+
+/// After a reset at this threshold weights that moved between two codes are what they are quantized to.
+fn oscillates(ctx: &Context, _: usize) -> Result<(), Failed> {
+    let desc = small(1, 0);
+    let mut recipe = Recipe { late_forward: 0.0, ..recipe("mxfp4") };
+    recipe.optimizer.lr = 3e-3;
+    let mut ends = Vec::new();
+    for oscillation in [None, Some(Reset { every: 4, threshold: 1.0 })] {
+        let recipe = Recipe { oscillation, ..recipe.clone() };
+        let mut trainer = Trainer::new(ctx, &run_desc(recipe, desc.clone(), 8))?;
+        for step in 0..4 {
+            trainer.train(&repetitive_batch(&desc, step), false)?;
+        }
+        let (id, linear) = trainer.model.linears().next().ok_or("no linear layer")?;
+        let packed = linear.packed_weight().ok_or("not packed")?;
+        let near = block_on(ctx.read_mx(packed))?.dequantize();
+        let w = floats(ctx, &trainer.model.params[id].value)?;
+        ends.push(w.iter().zip(&near).filter(|(w, q)| w == q).count());
+    }
+    assert!(ends[0] == 0 && ends[1] > 20, "{ends:?}");
+    Ok(())
+}
+
 fn diverges(ctx: &Context, step: usize) -> Result<(), Failed> {
     let desc = learner();
     let cases =

@@ -6,7 +6,10 @@ mod common;
 use common::engines::{self, Form, PLAIN, Test};
 use common::{assert_bytes, garbage, gaussian, narrowed, to_f32, words};
 use libtest_mimic::{Failed, Trial};
-use microscaling::kernels::{AdamW, AdamWDesc, AdamWState, GradientNorm, Moments, StepScalars};
+use microscaling::kernels::oscillation::Action;
+use microscaling::kernels::{
+    AdamW, AdamWDesc, AdamWState, GradientNorm, Moments, Oscillation, StepScalars,
+};
 use microscaling::{
     Axis, Block, Context, DType, Element, MXFP4, Matmul, MatmulDesc, MxSpec, NVFP4, Options,
     Quantize, QuantizeDesc, Rounding, ScaleFormat, ScaleRule, Tensor, wgpu,
@@ -28,6 +31,7 @@ const SUITE: &[(&str, Test)] = &[
     ("checkpoints_round_trip", checkpoints_round_trip),
     ("packed_weights_equal_quantize", packed_weights_equal_quantize),
     ("bytes_are_what_is_allocated", bytes_are_what_is_allocated),
+    ("weights_that_oscillate_are_reset", oscillating_weights),
     ("mismatches_are_errors", mismatches_are_errors),
 ];
 
@@ -860,4 +864,64 @@ fn mismatches_are_errors(ctx: &Context, _: usize) -> Result<(), Failed> {
 
 fn y_like(ctx: &Context) -> Result<Tensor, Failed> {
     Ok(ctx.zeros(DType::F32, 1, 4)?)
+}
+
+/// Weights on a walk, with quantized values that follow it coarsely: against the paths of each weight, summed one by one.
+fn oscillating_weights(ctx: &Context, _: usize) -> Result<(), Failed> {
+    const THRESHOLD: f32 = 3.0;
+    for (master, [rows, cols]) in [(DType::F32, [5, 12]), (DType::BF16, [3, 700])] {
+        let n = rows * cols;
+        let mut oscillation = Oscillation::new(ctx, rows, cols)?;
+        // Walks about the middle between two multiples of 1/2, some of them so small that they always cross it.
+        let place = gaussian(1, n);
+        let mut w: Vec<f32> = place.iter().map(|p| p.round() * 0.5 + 0.25).collect();
+        w[0] = f32::NAN;
+        let (mut before, mut paths) = (Vec::new(), vec![[0f32; 2]; n]);
+        let mut resets = [0; 2];
+        for step in 0..9 {
+            let size = 0.5 / (1 + step) as f32;
+            for (w, d) in w.iter_mut().zip(gaussian(2 + step, n)) {
+                *w += d * size;
+            }
+            w = to_f32(master, &narrowed(master, &w));
+            let q: Vec<f32> = w.iter().map(|w| (w * 2.0).round() / 2.0).collect();
+            let action = match step {
+                0 => Action::Start,
+                4 | 8 => Action::Reset,
+                _ => Action::Walk,
+            };
+            let mut on_engine = ctx.upload(master, rows, cols, &narrowed(master, &w))?;
+            let near = upload(ctx, rows, cols, &q)?;
+            let mut stream = ctx.stream();
+            oscillation.record(&mut stream, action, THRESHOLD, &mut on_engine, &near)?;
+            ctx.submit(stream)?;
+            for i in 0..n {
+                if let Some((w_before, q_before)) = before.get(i) {
+                    let (w_before, q_before): (&f32, &f32) = (w_before, q_before);
+                    paths[i][0] += (w[i] - w_before).abs();
+                    paths[i][1] += (q[i] - q_before).abs();
+                }
+                if action == Action::Reset {
+                    let [w_path, q_path] = std::mem::take(&mut paths[i]);
+                    let resets_it = q_path > 0.0 && q_path >= THRESHOLD * w_path;
+                    resets[usize::from(resets_it)] += 1;
+                    if resets_it {
+                        w[i] = q[i];
+                    }
+                }
+            }
+            before = w.iter().copied().zip(q).collect();
+            let got = read(ctx, &on_engine)?;
+            let bits = |x: &[f32]| -> Vec<u32> { x.iter().map(|x| x.to_bits()).collect() };
+            assert_eq!(bits(&got[1..]), bits(&w[1..]), "{master}, step {step}");
+            assert!(got[0].is_nan());
+        }
+        assert!(resets.iter().all(|count| *count > n / 20), "{resets:?}");
+    }
+    let mut oscillation = Oscillation::new(ctx, 4, 8)?;
+    let (mut w, q) = (ctx.zeros(DType::F32, 4, 8)?, ctx.zeros(DType::F32, 8, 4)?);
+    let mut stream = ctx.stream();
+    let error = oscillation.record(&mut stream, Action::Walk, 3.0, &mut w, &q).unwrap_err();
+    assert!(error.to_string().contains("[8, 4]"), "{error}");
+    Ok(())
 }

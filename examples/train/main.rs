@@ -69,9 +69,12 @@ struct Args {
     /// The peak of the learning rate, for all arms; by default each recipe's
     #[arg(long)]
     lr: Option<f32>,
-    /// Train every arm with so many seeds, from 0 on
+    /// Train every arm with so many seeds
     #[arg(long, default_value_t = 1)]
     seeds: u64,
+    /// The first seed
+    #[arg(long, default_value_t = 0)]
+    first_seed: u64,
     /// auto, cpu, gpu, a part of an adapter's name, or #0, #1, …
     #[arg(long, default_value = "auto")]
     device: String,
@@ -268,11 +271,12 @@ fn run() -> Result<()> {
         }
         return Ok(());
     }
+    let seeds = args.first_seed..args.first_seed.saturating_add(args.seeds);
     let directory = |name: &str, seed: u64| args.out.join(format!("{name}-{seed}"));
     // The step that each run goes on from.
     let mut at = HashMap::new();
     for recipe in &recipes {
-        for seed in 0..args.seeds {
+        for seed in seeds.clone() {
             let directory = directory(&recipe.name, seed);
             let mut step = None;
             if !args.resume && directory.exists() {
@@ -298,7 +302,7 @@ fn run() -> Result<()> {
     let mut stopped = false;
     let mut diverged = Vec::new();
     // Seeds in the outer loop: what is stopped early has all arms of the first ones.
-    'runs: for seed in 0..args.seeds {
+    'runs: for seed in seeds.clone() {
         let batches = batches(seed)?;
         for recipe in &recipes {
             let run = RunDesc {

@@ -202,6 +202,7 @@ pub struct MxLinear {
     recipe: Linear,
     /// Its number, for random streams.
     layer: u32,
+    accumulate: bool,
     x: Made,
     x_columns: Made,
     w: Made,
@@ -357,6 +358,7 @@ impl MxLinear {
             ],
             recipe: recipe.clone(),
             layer,
+            accumulate,
             x,
             x_columns,
             w,
@@ -369,6 +371,24 @@ impl MxLinear {
             outliers,
             kept: None,
         })
+    }
+
+    /// The same with another recipe; the weight is to be prepared again.
+    pub fn with_recipe(&self, ctx: &Context, recipe: &Linear) -> Result<MxLinear> {
+        MxLinear::new(ctx, &self.desc, recipe, self.layer, self.accumulate)
+    }
+
+    /// What it does.
+    pub fn recipe(&self) -> &Linear {
+        &self.recipe
+    }
+
+    /// The weight as forward takes it, if it is packed.
+    pub fn packed_weight(&self) -> Option<&DeviceMxTensor> {
+        match &self.w {
+            Made::Packed(w) => Some(w),
+            _ => None,
+        }
     }
 
     /// Whether backward needs X itself.

@@ -19,16 +19,19 @@ use crate::engine::{Context, Stream};
 use crate::kernels::adamw::{AdamW, AdamWDesc, AdamWState};
 use crate::kernels::cross_entropy::{IGNORED, cross_entropy};
 use crate::kernels::embedding::{self, EmbeddingGradient};
+use crate::kernels::oscillation::{Action, Oscillation};
 use crate::kernels::reduce::Reduce;
 use crate::kernels::rmsnorm::RmsNorm;
 use crate::kernels::rope::{Direction, Rope};
 use crate::kernels::router::{Router, RouterDesc, Routes};
-use crate::kernels::{Attention, AttentionDesc, add, permute, quantize_both, swiglu};
+use crate::kernels::{
+    Attention, AttentionDesc, Dequantize, DequantizeDesc, add, permute, quantize_both, swiglu,
+};
 use crate::rng;
 use crate::{Error, Result};
 
 use super::linear::{Draws, LinearDesc, MxLinear, Step};
-use super::recipe::Recipe;
+use super::recipe::{Dense, Recipe};
 
 /// The sizes of a model and of its batch.
 #[derive(Clone, Debug, PartialEq)]
@@ -278,6 +281,10 @@ pub struct Model {
     tokens: Ids,
     /// The step's counters.
     pub counters: Counters,
+    /// Of the weights that are packed for forward, if the recipe resets those that oscillate.
+    oscillations: Vec<(Id, Oscillation)>,
+    /// For their quantized values, one of each shape.
+    quantized: Vec<Tensor>,
 }
 
 /// Makes parameters in order.
@@ -563,7 +570,7 @@ impl Model {
                 }),
             },
         };
-        Ok(Model {
+        let mut model = Model {
             ctx: ctx.clone(),
             desc: desc.clone(),
             params: maker.params,
@@ -578,7 +585,21 @@ impl Model {
                 x: ctx.zeros_ids(quantize_both::COUNTERS)?,
                 dy: ctx.zeros_ids(quantize_both::COUNTERS)?,
             },
-        })
+            oscillations: Vec::new(),
+            quantized: Vec::new(),
+        };
+        if recipe.oscillation.is_some() {
+            let packed = model.linears().filter(|(_, linear)| linear.packed_weight().is_some());
+            let ids: Vec<Id> = packed.map(|(id, _)| id).collect();
+            for id in ids {
+                let [rows, cols] = model.params[id].value.shape();
+                model.oscillations.push((id, Oscillation::new(ctx, rows, cols)?));
+                if model.quantized.iter().all(|q| q.shape() != [rows, cols]) {
+                    model.quantized.push(ctx.zeros(DType::F32, rows, cols)?);
+                }
+            }
+        }
+        Ok(model)
     }
 
     /// The sizes.
@@ -586,28 +607,75 @@ impl Model {
         &self.desc
     }
 
-    /// The linear layers with their weights. Extra heads, which share the main one's, are left out.
-    pub fn linears(&self) -> impl Iterator<Item = (&Param, &MxLinear)> {
+    /// The linear layers, with the indices of their weights. Extra heads, which share the main one's, are left out.
+    pub fn linears(&self) -> impl Iterator<Item = (usize, &MxLinear)> {
         let blocks = self.blocks.iter().chain(&self.extra);
         blocks
             .flat_map(|Block { qkv, out, gate_up, down, .. }| [qkv, out, gate_up, down])
-            .map(|(id, linear)| (&self.params[*id], linear))
-            .chain([(&self.params[self.head], &self.heads[0].linear)])
+            .map(|(id, linear)| (*id, linear))
+            .chain([(self.head, &self.heads[0].linear)])
+    }
+
+    /// Every linear layer, routers and extra heads included.
+    fn linears_mut(&mut self) -> impl Iterator<Item = (Id, &mut MxLinear)> {
+        all_linears(&mut self.blocks, &mut self.extra, &mut self.heads, self.head)
     }
 
     /// Each linear layer's tiers, by name.
     pub fn tiers(&self) -> Vec<(String, [crate::Tier; 3])> {
-        self.linears().map(|(param, linear)| (param.name.clone(), linear.tiers())).collect()
+        let name = |id: Id| self.params[id].name.clone();
+        self.linears().map(|(id, linear)| (name(id), linear.tiers())).collect()
     }
 
     /// Lets the linear layers keep copies of their operands from now on, to be measured: see [`super::tune`].
     pub fn keep_operands(&mut self) -> Result<()> {
-        for Block { qkv, out, gate_up, down, .. } in self.blocks.iter_mut().chain(&mut self.extra) {
-            for (_, linear) in [qkv, out, gate_up, down] {
-                linear.keep_operands(&self.ctx)?;
+        let ctx = self.ctx.clone();
+        self.linears_mut().try_for_each(|(_, linear)| linear.keep_operands(&ctx))
+    }
+
+    /// Makes the forward products dense from now on; weights are to be prepared again.
+    pub fn dense_forward(&mut self, dense: Dense) -> Result<()> {
+        let ctx = self.ctx.clone();
+        for (_, linear) in self.linears_mut() {
+            let recipe = linear.recipe().dense_forward(dense);
+            if recipe != *linear.recipe() {
+                *linear = linear.with_recipe(&ctx, &recipe)?;
             }
         }
-        self.heads[0].linear.keep_operands(&self.ctx)
+        Ok(())
+    }
+
+    /// Records how far the packed weights went, and resets those that oscillate; then they are to be prepared again. Nothing
+    /// without the recipe's `oscillation`, or where forward is dense.
+    pub fn oscillate(
+        &mut self,
+        stream: &mut Stream<'_>,
+        action: Action,
+        threshold: f32,
+    ) -> Result<()> {
+        let Model { ctx, params, blocks, extra, heads, head, oscillations, quantized, .. } = self;
+        for (id, linear) in all_linears(blocks, extra, &mut heads[..1], *head) {
+            let state = oscillations.iter_mut().find(|(of, _)| *of == id);
+            let Some(((_, state), w)) = state.zip(linear.packed_weight()) else { continue };
+            let value = &mut params[id].value;
+            let Some(q) = quantized.iter_mut().find(|q| q.shape() == value.shape()) else {
+                continue;
+            };
+            let desc = DequantizeDesc { spec: w.layout().spec, axis: w.layout().axis };
+            Dequantize::new(ctx, &desc)?.record(stream, w, q)?;
+            state.record(stream, action, threshold, value, q)?;
+        }
+        Ok(())
+    }
+
+    /// The paths of weights that may oscillate, with the indices of these.
+    pub fn oscillations(&self) -> impl Iterator<Item = (usize, &Oscillation)> {
+        self.oscillations.iter().map(|(id, state)| (*id, state))
+    }
+
+    /// The same, to be written.
+    pub fn oscillations_mut(&mut self) -> impl Iterator<Item = (usize, &mut Oscillation)> {
+        self.oscillations.iter_mut().map(|(id, state)| (*id, state))
     }
 
     /// Uploads a batch `[batch, seq + 1 + mtp]` of tokens: inputs and, for every head, targets.
@@ -667,21 +735,9 @@ impl Model {
 
     /// Records the packing of all weights, after they changed.
     pub fn prepare(&mut self, stream: &mut Stream<'_>, draws: Draws) -> Result<()> {
-        let params = &self.params;
-        for block in self.blocks.iter_mut().chain(&mut self.extra) {
-            for (id, linear) in
-                [&mut block.qkv, &mut block.out, &mut block.gate_up, &mut block.down]
-            {
-                linear.prepare(stream, &params[*id].value, draws)?;
-            }
-            if let Some(Routed { router: (id, linear), .. }) = &mut block.routed {
-                linear.prepare(stream, &params[*id].value, draws)?;
-            }
-        }
-        for head in &mut self.heads {
-            head.linear.prepare(stream, &params[self.head].value, draws)?;
-        }
-        Ok(())
+        let Model { params, blocks, extra, heads, head, .. } = self;
+        all_linears(blocks, extra, heads, *head)
+            .try_for_each(|(id, linear)| linear.prepare(stream, &params[id].value, draws))
     }
 
     /// Records a forward pass over the batch, for the main head's loss. With `scale`, all heads' losses and a backward pass as
@@ -743,6 +799,22 @@ impl Model {
         let table = &mut params[self.embedding].grad;
         shared.embedding.record(stream, tokens, &shared.ds[0], table, false)
     }
+}
+
+/// Every linear layer of these, with the indices of their weights.
+fn all_linears<'a>(
+    blocks: &'a mut [Block],
+    extra: &'a mut [Block],
+    heads: &'a mut [Head],
+    head: Id,
+) -> impl Iterator<Item = (Id, &'a mut MxLinear)> {
+    let of_block = |block: &'a mut Block| {
+        let Block { qkv, out, gate_up, down, routed, .. } = block;
+        let router = routed.as_mut().map(|routed| &mut routed.router);
+        [qkv, out, gate_up, down].into_iter().chain(router).map(|(id, linear)| (*id, linear))
+    };
+    let heads = heads.iter_mut().map(move |of| (head, &mut of.linear));
+    blocks.iter_mut().chain(extra).flat_map(of_block).chain(heads)
 }
 
 /// What a layer is told.

@@ -21,11 +21,18 @@ pub struct Recipe {
     pub name: String,
     /// The type of activations and their gradients between kernels; the residual stream is f32.
     pub activations: Dense,
+    /// The share of the steps, at the end, whose forward products are dense, in the type of the activations; the backward ones
+    /// stay as they are. 0: none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub late_forward: f32,
     /// Linear layers, but for those below.
     pub linear: Linear,
     /// Layers that differ; of those whose pattern matches, the last counts.
     #[serde(default, rename = "layer", skip_serializing_if = "Vec::is_empty")]
     pub layers: Vec<Layer>,
+    /// Whether weights that oscillate between two codes are reset.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub oscillation: Option<Reset>,
     /// AdamW.
     #[serde(default)]
     pub optimizer: Optimizer,
@@ -96,6 +103,16 @@ pub enum Dense {
     /// bf16.
     #[default]
     Bf16,
+}
+
+impl Dense {
+    /// The name in [`Cast::format`].
+    pub fn name(self) -> &'static str {
+        match self {
+            Dense::F32 => "f32",
+            Dense::Bf16 => "bf16",
+        }
+    }
 }
 
 impl From<Dense> for DType {
@@ -179,6 +196,27 @@ pub enum Signs {
     Fixed,
     /// Random, fresh every step.
     Step,
+}
+
+/// When weights count as oscillating; see [`crate::kernels::oscillation`].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Reset {
+    /// Steps of a period.
+    pub every: u64,
+    /// How many times the way of the weight its quantized value has gone, at least.
+    pub threshold: f32,
+}
+
+impl Default for Reset {
+    /// AMD's ALTO.
+    fn default() -> Reset {
+        Reset { every: 200, threshold: 4.0 }
+    }
+}
+
+fn is_zero(share: &f32) -> bool {
+    *share == 0.0
 }
 
 /// AdamW's numbers and the types of its state.
@@ -414,6 +452,12 @@ impl Linear {
         }
     }
 
+    /// The same with a dense forward product.
+    pub fn dense_forward(&self, dense: Dense) -> Linear {
+        let cast = || Cast::plain(dense.name());
+        Linear { forward: Forward { x: cast(), w: cast() }, ..self.clone() }
+    }
+
     /// Checks that every combination exists.
     pub fn validate(&self) -> Result<()> {
         for (name, cast) in [
@@ -555,11 +599,15 @@ impl Recipe {
             }
         }
         layers.extend([keep("head"), keep("*.router")]);
+        // Weights in FP4: forward in bf16 for the last 18% of the steps (arXiv 2509.25149, appendix D), and ALTO's resets.
+        let fp4_weights = matches!(name, "mxfp4" | "mixed");
         Ok(Recipe {
             name: name.into(),
             activations: if name == "f32" { Dense::F32 } else { Dense::Bf16 },
             linear,
             layers,
+            late_forward: if fp4_weights { 0.18 } else { 0.0 },
+            oscillation: fp4_weights.then(Reset::default),
             optimizer: Optimizer::default(),
             loss_scale: LossScale::default(),
         })
@@ -603,6 +651,26 @@ impl Recipe {
                 .linear
                 .validate()
                 .map_err(|error| Error::Recipe(format!("layer {:?}: {error}", layer.name)))?;
+        }
+        if !(0.0..=1.0).contains(&self.late_forward) {
+            return Err(Error::Recipe(format!(
+                "late_forward = {}, expected a share from 0 to 1",
+                self.late_forward
+            )));
+        }
+        if let Some(Reset { every, threshold }) = self.oscillation {
+            if every < 2 || threshold.is_nan() || threshold < 1.0 {
+                return Err(Error::Recipe(format!(
+                    "oscillation: every {every} steps from a ratio of {threshold}: at least 2 and 1"
+                )));
+            }
+            let linears = self.layers.iter().map(|layer| &layer.linear).chain([&self.linear]);
+            if linears.into_iter().any(|linear| linear.forward.w.hadamard.is_some()) {
+                return Err(Error::Recipe(
+                    "oscillation: codes of transformed weights (forward.w.hadamard) are not theirs"
+                        .into(),
+                ));
+            }
         }
         let o = &self.optimizer;
         let wrong = |problem: String| Err(Error::Recipe(format!("optimizer: {problem}")));
@@ -684,7 +752,14 @@ mod tests {
     fn what_cannot_be_is_an_error() {
         let good = Recipe::preset("mxfp4").unwrap();
         type Broken = (&'static str, fn(&mut Recipe));
-        let broken: [Broken; 10] = [
+        let broken: [Broken; 13] = [
+            ("late_forward", |r| r.late_forward = 1.5),
+            ("at least 2", |r| r.oscillation = Some(Reset { every: 1, ..Default::default() })),
+            ("transformed weights", |r| {
+                r.oscillation = Some(Reset::default());
+                r.linear.forward.w = Cast::plain("mxfp4").hadamard(32, Signs::None);
+                r.linear.forward.x = r.linear.forward.w.clone();
+            }),
             ("unknown format", |r| r.linear.forward.x.format = "fp3".into()),
             ("block", |r| r.linear.forward.x.block = Some("1x7".into())),
             ("square blocks", |r| r.linear.forward.x.block = Some("32x32".into())),

@@ -6,6 +6,7 @@
 use crate::engine::buffer::{DType, Tensor};
 use crate::engine::{Context, Stream};
 use crate::kernels::adamw::StepScalars;
+use crate::kernels::oscillation::Action;
 use crate::kernels::{GradientNorm, quantize_both};
 use crate::{Error, Result};
 
@@ -40,6 +41,8 @@ pub struct Trainer {
     /// What the norm says; see [`GradientNorm`].
     status: Tensor,
     step: u64,
+    /// Whether forward is dense by now: see [`Recipe::late_forward`].
+    late: bool,
     /// log2 of the loss scale.
     exponent: i32,
     /// The step at which the exponent changed last, or a gradient was not finite.
@@ -78,23 +81,45 @@ const GIVE_UP: u32 = 20;
 impl Trainer {
     /// A run from its beginning.
     pub fn new(ctx: &Context, desc: &RunDesc) -> Result<Trainer> {
-        let mut model = Model::new(ctx, &desc.model, &desc.recipe, desc.seed)?;
+        let model = Model::new(ctx, &desc.model, &desc.recipe, desc.seed)?;
         let sizes: Vec<usize> =
             model.params.iter().map(|p| p.grad.shape().iter().product()).collect();
-        let mut stream = ctx.stream();
-        model.prepare(&mut stream, Draws { seed: desc.seed, step: 1 })?;
-        ctx.submit(stream)?;
-        Ok(Trainer {
+        let mut trainer = Trainer {
             ctx: ctx.clone(),
             norm: GradientNorm::new(ctx, &sizes)?,
             status: ctx.zeros(DType::F32, 1, 4)?,
             model,
             step: 0,
+            late: false,
             exponent: desc.recipe.loss_scale.initial,
             steady_since: 0,
             bad: 0,
             desc: desc.clone(),
-        })
+        };
+        let mut stream = ctx.stream();
+        trainer.prepare(&mut stream)?;
+        trainer.oscillate(&mut stream, Action::Start)?;
+        ctx.submit(stream)?;
+        Ok(trainer)
+    }
+
+    /// Records what the next step needs of the weights: signs and draws are its own.
+    fn prepare(&mut self, stream: &mut Stream<'_>) -> Result<()> {
+        let Recipe { activations, late_forward, .. } = self.desc.recipe;
+        let late = (f64::from(late_forward) * self.desc.steps as f64).round() as u64;
+        if !self.late && late > 0 && self.step + late >= self.desc.steps {
+            self.late = true;
+            self.model.dense_forward(activations)?;
+        }
+        let draws = Draws { seed: self.desc.seed, step: self.step as u32 + 1 };
+        self.model.prepare(stream, draws)
+    }
+
+    fn oscillate(&mut self, stream: &mut Stream<'_>, action: Action) -> Result<()> {
+        match self.desc.recipe.oscillation {
+            Some(reset) => self.model.oscillate(stream, action, reset.threshold),
+            None => Ok(()),
+        }
     }
 
     /// Steps done.
@@ -149,10 +174,15 @@ impl Trainer {
             };
             p.adam.record(stream, &scalars, &p.grad, &self.status, &mut p.value, &mut p.state)?;
         }
-        // Of the next step: signs and draws are its own.
-        self.model.prepare(stream, Draws { step: number + 1, ..draws })?;
         self.step += 1;
-        Ok(())
+        self.prepare(stream)?;
+        match self.desc.recipe.oscillation {
+            Some(reset) if self.step.is_multiple_of(reset.every) => {
+                self.oscillate(stream, Action::Reset)?;
+                self.prepare(stream)
+            }
+            _ => self.oscillate(stream, Action::Walk),
+        }
     }
 
     /// Reads how the last step went, and adapts the loss scale: runs are the same where this is called after the same steps.
@@ -247,6 +277,9 @@ impl Trainer {
         for (to, from) in model.biases_mut().zip(self.model.biases()) {
             to.1.data.write(&self.ctx, &self.ctx.read(from.1).await?)?;
         }
+        if self.late {
+            model.dense_forward(recipe.activations)?;
+        }
         let draws = Draws { seed: self.desc.seed, step: self.step as u32 + 1 };
         let mut stream = self.ctx.stream();
         model.prepare(&mut stream, draws)?;
@@ -313,6 +346,13 @@ impl Trainer {
         for (name, bias) in self.model.biases() {
             checkpoint.insert(name, Dtype::F32, &bias.shape(), self.ctx.read(bias).await?)?;
         }
+        for (id, state) in self.model.oscillations() {
+            for (name, tensor) in state.tensors() {
+                let name = format!("{}.{name}", self.model.params[id].name);
+                let bytes = self.ctx.read(tensor).await?;
+                checkpoint.insert(name, Dtype::F32, &tensor.shape(), bytes)?;
+            }
+        }
         Ok(checkpoint)
     }
 
@@ -341,13 +381,20 @@ impl Trainer {
             let bytes = checkpoint.take(&name, Dtype::F32, &bias.shape())?;
             bias.data.write(&ctx, &bytes)?;
         }
+        let names: Vec<String> = self.model.params.iter().map(|p| p.name.clone()).collect();
+        for (id, state) in self.model.oscillations_mut() {
+            for (name, tensor) in state.tensors_mut() {
+                let name = format!("{}.{name}", names[id]);
+                let bytes = checkpoint.take(&name, Dtype::F32, &tensor.shape())?;
+                tensor.data.write(&ctx, &bytes)?;
+            }
+        }
         self.step = checkpoint.value("step")?;
         self.exponent = checkpoint.value("loss_scale")?;
         self.steady_since = checkpoint.value("steady_since")?;
         self.bad = checkpoint.value("bad")?;
         let mut stream = ctx.stream();
-        let draws = Draws { seed: self.desc.seed, step: self.step as u32 + 1 };
-        self.model.prepare(&mut stream, draws)?;
+        self.prepare(&mut stream)?;
         ctx.submit(stream)
     }
 

@@ -141,7 +141,8 @@ impl Tuner {
 
     /// Measures what the layers of a model kept of their last pass, after [`Model::keep_operands`]. Waits.
     pub async fn sample(&mut self, ctx: &Context, model: &Model, draws: Draws) -> Result<()> {
-        for (param, linear) in model.linears() {
+        for (id, linear) in model.linears() {
+            let param = &model.params[id];
             let Some([x, dy]) = linear.kept() else {
                 return Err(Error::Mismatch {
                     operation: "Tuner::sample",
