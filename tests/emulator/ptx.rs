@@ -32,7 +32,7 @@ pub fn row_of_scales(lane: usize) -> Option<usize> {
 
 /// The column of B whose scales a lane gives: thread-id-b = 0 selects the first thread of each quad.
 pub fn column_of_scales(lane: usize) -> Option<usize> {
-    (lane % 4 == 0).then_some(lane >> 2)
+    lane.is_multiple_of(4).then_some(lane >> 2)
 }
 
 /// Executes it for a warp; `selector` is byte-id-a and byte-id-b.
