@@ -168,12 +168,7 @@ impl Packing {
     pub fn scale_shape(&self, lines: usize, k: usize) -> [usize; 2] {
         let Some(scales) = self.scales else { return [0; 2] };
         let [lines, k] = self.padded(lines, k);
-        let groups = k / scales.group;
-        match scales.layout {
-            ScaleLayout::Rows => [lines, groups],
-            ScaleLayout::Tiles128x4 => [lines.next_multiple_of(128), groups.next_multiple_of(4)],
-            ScaleLayout::Tiles32x8 => [lines.next_multiple_of(32), groups.next_multiple_of(8)],
-        }
+        scales.layout.padded([lines, k / scales.group])
     }
 
     /// The power of two that a packed value is too large by, relative to the anchor.

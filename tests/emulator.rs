@@ -159,6 +159,44 @@ fn hip_kernel_of_32x32x64_has_the_exact_tiers_bits() {
     the_exact_tiers_bits(HIP_32);
 }
 
+/// A second source: the layouts of CUTLASS's traits for this instruction (`SM120_16x8x64_TN_VS`), numbers of a thread and of a
+/// value in it to an offset in the matrix, columns first.
+#[test]
+fn fragment_maps_are_those_of_cutlass_too() {
+    use machine::ptx;
+    for t in 0..32 {
+        for v in 0..32 {
+            // A: ((4, 8), (8, 2, 2)) : ((128, 1), (16, 8, 512)), of 16 rows.
+            let at = t % 4 * 128 + t / 4 + v % 8 * 16 + v / 8 % 2 * 8 + v / 16 * 512;
+            assert_eq!(ptx::place_in_a(t, v), (at % 16, at / 16));
+        }
+        for v in 0..16 {
+            // B: ((4, 8), (8, 2)) : ((64, 1), (8, 256)), of 8 columns, those first.
+            let at = t % 4 * 64 + t / 4 + v % 8 * 8 + v / 8 * 256;
+            assert_eq!(ptx::place_in_b(t, v), (at / 8, at % 8));
+        }
+        for v in 0..4 {
+            // C: ((4, 8), (2, 2)) : ((32, 1), (16, 8)), of 16 rows.
+            let at = t % 4 * 32 + t / 4 + v % 2 * 16 + v / 2 * 8;
+            assert_eq!(ptx::place_in_d(t, v), (at % 16, at / 16));
+        }
+        // Scales of A: (2, 2, 8) : (8, 0, 1); of B: (4, 8) : (0, 1). Where several threads have a line's, one is read.
+        if let Some(row) = ptx::row_of_scales(t) {
+            assert_eq!(row, t % 2 * 8 + t / 4);
+        }
+        if let Some(col) = ptx::column_of_scales(t) {
+            assert_eq!(col, t / 4);
+        }
+    }
+    let all = |of: fn(usize) -> Option<usize>| {
+        let mut lines: Vec<_> = (0..32).filter_map(of).collect();
+        lines.sort_unstable();
+        lines
+    };
+    assert_eq!(all(ptx::row_of_scales), (0..16).collect::<Vec<_>>());
+    assert_eq!(all(ptx::column_of_scales), (0..8).collect::<Vec<_>>());
+}
+
 /// One scale a binade up, one element's sign turned: exactly its own line of outputs changes.
 fn one_perturbation(kernel: Kernel) {
     let program = Program::new(kernel);

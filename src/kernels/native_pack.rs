@@ -159,29 +159,11 @@ pub fn pack(x: &MxTensor, packing: &Packing) -> Result<HostPacked> {
                         }
                     }
                 };
-                scales[scale_offset(order, groups, line, first / group)] = byte;
+                scales[order.offset(groups, line, first / group)] = byte;
             }
         }
     }
     Ok(HostPacked { codes, scales, inexact })
-}
-
-/// Where the byte of a line and group lies; `groups` with the padding.
-pub fn scale_offset(order: ScaleLayout, groups: usize, line: usize, group: usize) -> usize {
-    let (r, c) = (line, group);
-    match order {
-        ScaleLayout::Rows => r * groups + c,
-        ScaleLayout::Tiles128x4 => {
-            (r / 128 * groups / 4 + c / 4) * 512 + r % 32 * 16 + r % 128 / 32 * 4 + c % 4
-        }
-        ScaleLayout::Tiles32x8 => {
-            (r / 32 * groups / 8 + c / 8) * 256
-                + c % 4 * 64
-                + r % 16 * 4
-                + c % 8 / 4 * 2
-                + r % 32 / 16
-        }
-    }
 }
 
 /// E4M3's bits of code · 2^d, if it has them.

@@ -1,8 +1,8 @@
 //! Emulated tensor cores, and the kernels of src/native on them: see tests/emulator.rs.
 #![allow(dead_code)] // Each test binary uses its part.
 
-mod cdna;
-mod ptx;
+pub mod cdna;
+pub mod ptx;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
