@@ -55,6 +55,8 @@ use crate::formats::MxSpec;
 pub struct Libraries {
     /// The CUDA driver, `libcuda.so.1`.
     pub cuda: Option<PathBuf>,
+    /// `libcudnn.so.9`: `MICROSCALING_CUDNN`.
+    pub cudnn: Option<PathBuf>,
     /// `libcublasLt.so.13` or `.12`: `MICROSCALING_CUBLASLT`.
     pub cublaslt: Option<PathBuf>,
     /// `libnvrtc.so.13` or `.12`: `MICROSCALING_NVRTC`.

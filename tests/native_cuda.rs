@@ -29,6 +29,8 @@ const STANDINS: &[(&str, Test)] = &[
     ("descriptors_are_what_the_library_documents", descriptors),
     ("fp8_end_to_end", fp8),
     ("nvfp4_and_mxfp8_end_to_end", block_scaled),
+    ("cudnn_mxfp4_end_to_end", cudnn),
+    ("cudnn_declines_with_a_reason", cudnn_declines),
     ("operands_go_through_the_host_where_memory_is_not_shared", copies),
     ("what_a_format_does_not_hold_is_computed_anew", recomputed),
     ("a_wrong_route_is_disabled", planted),
@@ -165,6 +167,7 @@ fn open(adapter: &wgpu::Adapter, cuda: &Path, cublaslt: &Path) -> Result<Context
     let libraries = Libraries {
         cuda: Some(cuda.into()),
         cublaslt: Some(cublaslt.into()),
+        cudnn: Some("".into()),
         nvrtc: Some("".into()),
         ..Default::default()
     };
@@ -521,6 +524,106 @@ fn block_scaled(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     end_to_end(adapter, 2, "cublaslt-mxfp8", &[[MXFP8_E4M3; 2]])
 }
 
+/// As [`opened`], with cuDNN's stand-in and without cuBLASLt's.
+fn opened_cudnn(
+    adapter: &wgpu::Adapter,
+    cfgs: &[&str],
+    mode: u64,
+) -> Result<(Context, Standin, Standin), Failed> {
+    let (cuda, dnn) = (standin("cuda", &[])?, standin("cudnn", cfgs)?);
+    identify(adapter, &cuda)?;
+    dnn.set(0, mode)?;
+    let libraries = Libraries {
+        cuda: Some(cuda.path.clone()),
+        cudnn: Some(dnn.path.clone()),
+        cublaslt: Some("".into()),
+        nvrtc: Some("".into()),
+        ..Default::default()
+    };
+    let options = Options { libraries, native_from: Some(0), ..Default::default() };
+    Ok((pollster::block_on(Context::on_adapter(adapter, &options))?, cuda, dnn))
+}
+
+fn cudnn(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    // With the first engine, and with the second where the first makes no plan.
+    for (mode, engine) in [(1, 0), (1 | 2, 1)] {
+        let (ctx, _cuda, dnn) = opened_cudnn(adapter, &[], mode)?;
+        let wide = MXFP4.with_block(microscaling::Block::Vector(64));
+        for (shape, specs) in [
+            ([50, 70, 100], [MXFP4; 2]),
+            ([130, 9, 203], [MXFP4; 2]),
+            ([17, 40, 64], [wide, MXFP4]),
+        ] {
+            let operands = operands(shape, specs, 13)?;
+            let auto = desc(&operands, Tier::Auto);
+            let matmul = Matmul::new(&ctx, &auto)?;
+            assert!(matmul.why().contains("cudnn-mxfp4"), "{}", matmul.why());
+            check(&multiply(&ctx, &auto, &operands)?, &reference(&operands), ROUNDED)
+                .map_err(|error| format!("{shape:?}: {error:?}"))?;
+        }
+        let log = dnn.log()?;
+        assert!(!log.contains("refused"), "{log}");
+        assert!(log.contains("stream 0x2000 of 0x7000"), "{log}");
+        assert!(log.contains(&format!("product by engine {engine} with tensors [1, 2, 3, 4, 7]")));
+        // m is padded to 64, n to 80, k to 128; scales to 128 lines and four groups.
+        for line in [
+            "set 17 901 type 1 [16]",
+            "set 17 902 type 3 [1, 64, 128]",
+            "set 17 903 type 3 [8192, 128, 1]",
+            "set 17 902 type 3 [1, 128, 80]",
+            "set 17 903 type 3 [10240, 1, 128]",
+            "set 17 901 type 1 [15]",
+            "set 17 902 type 3 [1, 128, 4]",
+            "set 17 903 type 3 [512, 4, 1]",
+            "set 17 902 type 3 [1, 4, 128]",
+            "set 17 903 type 3 [512, 1, 4]",
+            "set 17 909 type 20 [3]",
+            "set 17 907 type 2 [1]",
+            "set 37 2604 type 23 [1, 32]",
+            "set 37 2604 type 23 [32, 1]",
+            "set 37 2603 type 1 [0]",
+            "set 18 1500 type 1 [0]",
+            "set 15 801 type 15 count 3",
+            "set 4 200 type 8 [3]",
+        ] {
+            assert!(log.lines().any(|found| found == line), "{line} is missing in\n{log}");
+        }
+        let report = report(&ctx)?;
+        let route = report.routes.iter().find(|route| route.name == "cudnn-mxfp4");
+        let route = route.ok_or("no such route")?;
+        assert!(matches!(route.state, RouteState::Passed(_)), "{route:?}");
+        assert!(
+            route.details.iter().any(|(what, value)| what == "cuDNN" && value.contains("91500"))
+        );
+        // NVFP4 has another route.
+        let error = Matmul::new(
+            &ctx,
+            &MatmulDesc {
+                a: NVFP4.into(),
+                ..MatmulDesc { tier: Tier::Native, ..Default::default() }
+            },
+        );
+        assert!(error.is_err());
+    }
+    Ok(())
+}
+
+fn cudnn_declines(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    for (cfgs, mode, words) in [
+        (&["old"][..], 1, "is cuDNN 90600, 90700 is the oldest"),
+        (&["lacks"], 1, "has no function cudnnBackendCreateDescriptor"),
+        (&[], 0, "cudnn-mxfp4: cuDNN's heuristic offers no engine"),
+        (&[], 1 | 4, "wants 1099511627776 bytes of scratch memory"),
+        (&[], 1 | 32, "cudnnBackendFinalize: CUDNN_STATUS_NOT_SUPPORTED (3000) for the graph"),
+        (&[], 1 | 16, "cudnn-mxfp4: known-answer test"),
+        (&[], 1 | 8, "cudnnBackendExecute: CUDNN_STATUS_EXECUTION_FAILED (5000)"),
+    ] {
+        let (ctx, _cuda, _dnn) = opened_cudnn(adapter, cfgs, mode)?;
+        falls_back(&ctx, &[words])?;
+    }
+    Ok(())
+}
+
 fn copies(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     let operands = operands([40, 24, 96], [MXFP4; 2], 6)?;
     let desc = desc(&operands, Tier::Native);
@@ -801,7 +904,6 @@ mod hopper {
         /// The sum of products a · b.
         pub fn sum(&self, a: &[f64], b: &[f64]) -> f32 {
             let mut total = 0f32;
-            let mut parts = 0;
             for (a, b) in
                 a.chunks(self.promoted.min(a.len())).zip(b.chunks(self.promoted.min(a.len())))
             {
@@ -809,8 +911,7 @@ mod hopper {
                 for (a, b) in a.chunks(GROUP).zip(b.chunks(GROUP)) {
                     sum = self.instruction(a, b, sum);
                 }
-                total = if parts == 0 { sum as f32 } else { total + sum as f32 };
-                parts += 1;
+                total += sum as f32;
             }
             total
         }

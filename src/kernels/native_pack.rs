@@ -305,7 +305,7 @@ fn scales_of(spec: MxSpec) -> Vec<Scales> {
     use ScaleLayout::{Rows, Tiles32x8, Tiles128x4};
     let mut list = Vec::new();
     let mut add = |format, group, layouts: &[ScaleLayout]| {
-        if spec.block.len() % group == 0 {
+        if spec.block.len().is_multiple_of(group) {
             list.extend(layouts.iter().map(|layout| Scales { format, group, layout: *layout }));
         }
     };

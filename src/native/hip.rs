@@ -18,10 +18,8 @@ pub(crate) mod kernel;
 
 use std::sync::Arc;
 
-use super::{Libraries, NativeRoute, Packing, Problem};
-
-/// A route, or its name and why it is not there.
-pub(crate) type Opened = Result<Arc<dyn NativeRoute>, (&'static str, String)>;
+use super::registry::Opened;
+use super::{Libraries, Packing, Problem};
 
 /// What tells the device that wgpu has open.
 #[derive(Clone, Debug, Default)]

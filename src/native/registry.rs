@@ -10,6 +10,9 @@ use super::{
 use crate::Context;
 use crate::engine::gpu::Gpu;
 
+/// A route, or its name and why it is not there.
+pub(crate) type Opened = Result<Arc<dyn NativeRoute>, (&'static str, String)>;
+
 /// All routes of this build on a device.
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
@@ -219,7 +222,7 @@ impl Registry {
 }
 
 #[cfg(any(feature = "cuda", feature = "hip"))]
-fn open_all(gpu: &Gpu) -> Vec<Result<Arc<dyn NativeRoute>, (&'static str, String)>> {
+fn open_all(gpu: &Gpu) -> Vec<Opened> {
     #[allow(unused_mut)]
     let mut all = Vec::new();
     #[cfg(all(feature = "cuda", any(target_os = "linux", target_os = "windows")))]
@@ -243,6 +246,6 @@ fn open_all(gpu: &Gpu) -> Vec<Result<Arc<dyn NativeRoute>, (&'static str, String
 }
 
 #[cfg(not(any(feature = "cuda", feature = "hip")))]
-fn open_all(_: &Gpu) -> Vec<Result<Arc<dyn NativeRoute>, (&'static str, String)>> {
+fn open_all(_: &Gpu) -> Vec<Opened> {
     Vec::new()
 }

@@ -295,6 +295,7 @@ impl Share {
 
     /// A buffer in memory of its own, which the library imports.
     #[cfg(unix)]
+    #[expect(clippy::undocumented_unsafe_blocks, reason = "the first comment is about all of them")]
     fn exported(&self, gpu: &Gpu, bytes: u64) -> Result<Shared> {
         use std::os::fd::FromRawFd;
         gpu.check()?;
@@ -442,6 +443,7 @@ impl Timeline {
     }
 
     #[cfg(unix)]
+    #[expect(clippy::undocumented_unsafe_blocks, reason = "the first comment is about all of them")]
     fn new(gpu: &Gpu, runtime: &dyn Runtime) -> std::result::Result<Timeline, String> {
         use std::os::fd::FromRawFd;
         const HANDLE: vk::ExternalSemaphoreHandleTypeFlags =
@@ -501,6 +503,7 @@ impl Drop for Timeline {
         let _ = self.device.poll(wgpu::PollType::wait_indefinitely());
         // SAFETY: the device is alive, and its queue idle.
         if let Some(hal) = unsafe { self.device.as_hal::<wgpu::hal::api::Vulkan>() } {
+            // SAFETY: as above.
             unsafe { hal.raw_device().destroy_semaphore(self.semaphore, None) };
         }
     }

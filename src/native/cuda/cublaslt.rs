@@ -167,7 +167,9 @@ impl Kind {
                 };
                 (Codes::E4m3 { window }, None, 32)
             }
-            (Kind::Mxfp8, Element::E4M3, ScaleFormat::E8M0) if spec.block.len() % 32 == 0 => {
+            (Kind::Mxfp8, Element::E4M3, ScaleFormat::E8M0)
+                if spec.block.len().is_multiple_of(32) =>
+            {
                 (Codes::Same, Some((RouteScale::E8m0, 32)), 128)
             }
             (Kind::Nvfp4, Element::E2M1, _) => (Codes::Same, Some((RouteScale::Ue4m3, 16)), 64),

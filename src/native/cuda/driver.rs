@@ -120,6 +120,7 @@ impl Driver {
         // to locals that outlive the calls.
         check("cuInit", unsafe { (functions.init)(0) })?;
         let mut version = 0;
+        // SAFETY: as above.
         check("cuDriverGetVersion", unsafe { (functions.driver_version)(&raw mut version) })?;
         if version < OLDEST {
             return Err(format!(
@@ -129,6 +130,7 @@ impl Driver {
             ));
         }
         let mut count = 0;
+        // SAFETY: as above.
         check("cuDeviceGetCount", unsafe { (functions.device_count)(&raw mut count) })?;
         let mut seen = Vec::new();
         let mut found = None;
@@ -202,8 +204,8 @@ impl Driver {
         let value = f();
         let mut popped = null_mut();
         // SAFETY: what was pushed above is on top, since calls are nested.
-        self.functions
-            .check("cuCtxPopCurrent", unsafe { (self.functions.pop)(&raw mut popped) })?;
+        let status = unsafe { (self.functions.pop)(&raw mut popped) };
+        self.functions.check("cuCtxPopCurrent", status)?;
         Ok(value)
     }
 
