@@ -1,10 +1,11 @@
 //! The GPU engine: a wgpu device and queue, allocation, transfer, and the pipeline cache.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::caps::Caps;
 use super::shader::{Binding, Kernel};
+use crate::kernels::matmul::Table;
 use crate::{Error, Result};
 
 /// Transfers go through host memory in pieces of at most this size.
@@ -26,6 +27,8 @@ pub(crate) struct Gpu {
     pub(crate) matrices: Vec<[u32; 3]>,
     /// Whether the device was opened with cooperative matrices of 16×16×16, bf16 to f32.
     pub(crate) bf16_matrices: bool,
+    /// Tiles that were measured.
+    pub(crate) tuning: RwLock<Table>,
     pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
     scratch: Mutex<Option<wgpu::Buffer>>,
     lost: Arc<Mutex<Option<String>>>,
@@ -75,6 +78,7 @@ impl Gpu {
             emulate_tensor,
             matrices,
             bf16_matrices: false,
+            tuning: RwLock::default(),
             pipelines: Mutex::default(),
             scratch: Mutex::default(),
             lost,

@@ -27,8 +27,11 @@
 mod cpu;
 mod gpu;
 mod tier;
+mod tune;
 
 pub use gpu::kernels;
+pub(crate) use tune::Table;
+pub use tune::{Candidate, Tuned, Tuning};
 
 use crate::engine::buffer::{DType, DeviceMxTensor, Rows, STATE_WORDS, Tensor};
 use crate::engine::{Context, Stream};
@@ -326,6 +329,8 @@ pub struct Matmul {
     why: String,
     /// Positions of k that are summed apart, if not all.
     slice: Option<usize>,
+    /// The tile to take, to measure it.
+    forced: Option<tier::Shape>,
 }
 
 impl Matmul {
@@ -333,7 +338,7 @@ impl Matmul {
     pub fn new(ctx: &Context, desc: &MatmulDesc) -> Result<Matmul> {
         desc.validate()?;
         let (tier, why) = tier::choose(ctx, desc)?;
-        Ok(Matmul { desc: *desc, tier, why, slice: tier::slice(ctx, desc, tier) })
+        Ok(Matmul { desc: *desc, tier, why, slice: tier::slice(ctx, desc, tier), forced: None })
     }
 
     /// The tier that was chosen; never [`Tier::Auto`].
@@ -344,6 +349,14 @@ impl Matmul {
     /// Why that one.
     pub fn why(&self) -> &str {
         &self.why
+    }
+
+    /// The name of the tile that it takes on `ctx`, whose kernels are not made for it yet: the one measured for such products
+    /// ([`Context::use_tuning`]), or else the usual one. None on the CPU engine.
+    pub fn tile(&self, ctx: &Context) -> Option<String> {
+        let crate::engine::Engine::Gpu(gpu) = ctx.engine() else { return None };
+        let shape = tier::shape(gpu, &self.desc, self.tier, self.slice.is_some());
+        Some(self.forced.unwrap_or(shape).to_string())
     }
 
     /// How many parts k is summed in, one after the other added in ascending order: more than one for few outputs of a long k,
