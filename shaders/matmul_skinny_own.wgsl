@@ -98,7 +98,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         }
         workgroupBarrier();
         if (lane >= WG - M * RN) {
-            for (var t = 0u; t < LANES; t++) { // unroll
+            for (var t = 0u; t < 32u; t++) { // unroll
                 sum += terms[base + (own ^ t)];
             }
         }

@@ -490,16 +490,18 @@ fn measured_tiles(ctx: &Context, step: usize) -> Result<(), Failed> {
     let cases = [
         (Tier::Exact, desc(MXFP4, MXFP4, [70, 65, 256])),
         (Tier::Exact, desc(MXFP4, MXFP4, [1, 96, 1152])),
+        (Tier::Tensor, desc(MXFP4, MXFP4, [33, 20, 128])),
+        (Tier::Alu, desc(MXFP8_E4M3, DType::F16, [40, 33, 38])),
         (Tier::Exact, desc(NVFP4, MXFP6_E2M3, [33, 20, 100])),
         (Tier::Exact, desc(NVFP4, MXINT8, [3, 20, 100])),
-        (Tier::Alu, desc(MXFP8_E4M3, DType::F16, [40, 33, 70])),
         (Tier::Alu, desc(MXFP4, MXFP6_E3M2, [2, 33, 70])),
-        (Tier::Tensor, desc(MXFP4, MXFP4, [33, 20, 256])),
-        (Tier::Tensor, desc(MXFP4, DType::BF16, [5, 20, 100])),
+        (Tier::Tensor, desc(MXFP4, DType::F16, [5, 20, 100])),
         (Tier::Tensor, desc(MXFP4, MXFP8_E5M2, [5, 20, 384])),
     ];
     let mut measured = Vec::new();
-    for (tier, desc) in cases.into_iter().step_by(step.div_ceil(7)) {
+    // Software drivers take long to make pipelines.
+    let count = if step > 1 { 3 } else { cases.len() };
+    for (tier, desc) in cases.into_iter().take(count) {
         let desc = MatmulDesc { tier, ..desc };
         let Ok(matmul) = Matmul::new(ctx, &desc) else { continue };
         let mut names = std::collections::HashSet::new();

@@ -15,7 +15,7 @@ fn multiply(sums: ptr<function, Sums>, a_row: u32, b_row: u32, stage: u32) {
         var b: array<MatB, STEPS * FN>;
         var fb: array<MatC, FN>;
         for (var j = 0u; j < FN; j++) { // unroll
-            for (var s = 0u; s < STEPS; s++) { // unroll
+            for (var s = 0u; s < 32u / FRAGMENT / SEGMENTS; s++) { // unroll
                 b[j * STEPS + s] = coopLoad<MatB>(&memory[b_fragment(b_row + j * FRAGMENT, segment * STEPS + s)], PITCH);
             }
             // Rows are all the same: a stride of zero.
@@ -24,17 +24,17 @@ fn multiply(sums: ptr<function, Sums>, a_row: u32, b_row: u32, stage: u32) {
         for (var i = 0u; i < FM; i++) { // unroll
             let row = a_row + i * SUBGROUPS_M * FRAGMENT;
             var a: array<MatA, STEPS>;
-            for (var s = 0u; s < STEPS; s++) { // unroll
+            for (var s = 0u; s < 32u / FRAGMENT / SEGMENTS; s++) { // unroll
                 a[s] = coopLoadT<MatA>(&memory[a_fragment(row, segment * STEPS + s)], PITCH);
             }
             let fa = coopLoad<MatC>(&factors[at + row], 0u);
             for (var j = 0u; j < FN; j++) { // unroll
                 var sum = MatC();
-                for (var s = 0u; s < STEPS; s++) { // unroll
+                for (var s = 0u; s < 32u / FRAGMENT / SEGMENTS; s++) { // unroll
                     sum = coopMultiplyAdd(a[s], b[j * STEPS + s], sum);
                 }
                 // sums += sum · fa · fb.
-                (*sums)[i * FN + j] = (*sums)[i * FN + j] + ((sum - fa) - fb);
+                (*sums)[i * FN + j] = (*sums)[i * FN + j] + ((sum - fa) - fb[j]);
             }
         }
     }

@@ -659,10 +659,7 @@ impl Variant {
             .constant("STAGE", self.stage())
             .flag("NIBBLES", same(self.a, self.b))
             .flag("EXACT", self.tier == Tier::Exact)
-            .flag(
-                "PAIRS",
-                alike && [[Load::Vectors; 2], [Load::Blocks; 2]].contains(&self.load),
-            )
+            .flag("PAIRS", alike && [[Load::Vectors; 2], [Load::Blocks; 2]].contains(&self.load))
             .flag("BF16", bf16)
             .flag("BIAS", self.bias)
             .flag("GROUPED", self.grouped != Grouped::No)
@@ -906,8 +903,8 @@ pub fn kernels() -> Vec<Kernel> {
         (Tier::Exact, Shape::Skinny { m: 4, rn: 8, halves: false, own: false }),
         (Tier::Exact, Shape::Skinny { m: 1, rn: 32, halves: true, own: false }),
         (Tier::Exact, Shape::Skinny { m: 4, rn: 8, halves: true, own: false }),
-        (Tier::Exact, Shape::Skinny { m: 1, rn: 64, halves: true, own: true }),
-        (Tier::Exact, Shape::Skinny { m: 2, rn: 32, halves: true, own: true }),
+        (Tier::Exact, Shape::Skinny { m: 1, rn: 32, halves: true, own: true }),
+        (Tier::Exact, Shape::Skinny { m: 2, rn: 16, halves: true, own: true }),
         (Tier::Exact, by(Fragments::Spirv)),
         (Tier::Exact, by(Fragments::Emulated)),
         (Tier::Exact, sliced([2, 2], [4, 2], 1)),
@@ -987,7 +984,8 @@ pub fn kernels() -> Vec<Kernel> {
         if tensor || exact_fragments {
             variants.push(Variant { whole: [true; 2], ..plain(mxfp4, mxfp4) });
         }
-        if tensor && matches!(shape, Shape::Tensor { by: Fragments::Spirv | Fragments::Emulated, .. })
+        if tensor
+            && matches!(shape, Shape::Tensor { by: Fragments::Spirv | Fragments::Emulated, .. })
         {
             let bf16 = plain(Values::Dense(DType::BF16), Values::Dense(DType::BF16));
             let transposed = Operand { transposed: true, ..bf16.a };

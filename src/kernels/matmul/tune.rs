@@ -318,7 +318,7 @@ impl Tuning {
         };
         let mut work = Work::new(ctx, &desc, out).await?;
         let shapes = tier::candidates(gpu, &desc, tier, sliced);
-        let mut timed: Vec<(Shape, Matmul, Vec<f64>)> = Vec::new();
+        let (mut timed, mut slow): (Vec<Timed>, Vec<Timed>) = Default::default();
         let mut failed = Vec::new();
         let count = shapes.len();
         for shape in shapes {
@@ -352,7 +352,10 @@ impl Tuning {
             }
             let best = fastest(&timed);
             if round > 0 {
-                timed.retain(|(.., samples)| round < 2 || report::median(samples) <= 1.5 * best);
+                if round >= 2 {
+                    let behind = |t: &mut Timed| report::median(&t.2) > 1.5 * best;
+                    slow.extend(timed.extract_if(.., behind));
+                }
                 if round >= 3 && start.elapsed() > limit || round >= 40 {
                     break;
                 }
@@ -363,6 +366,7 @@ impl Tuning {
         }
         let mut list: Vec<_> = timed
             .iter()
+            .chain(&slow)
             .map(|(shape, _, samples)| (*shape, report::median(samples)))
             .collect();
         list.sort_by(|a, b| a.1.total_cmp(&b.1));
@@ -411,7 +415,10 @@ impl Tuning {
     }
 }
 
-fn fastest(timed: &[(Shape, Matmul, Vec<f64>)]) -> f64 {
+/// A tile and its samples.
+type Timed = (Shape, Matmul, Vec<f64>);
+
+fn fastest(timed: &[Timed]) -> f64 {
     timed.iter().map(|(.., samples)| report::median(samples)).fold(f64::INFINITY, f64::min)
 }
 
@@ -492,7 +499,9 @@ impl Work {
         ctx.submit(stream)?;
         let bytes = ctx.read(y).await?;
         let columns = y.shape()[1].max(1);
-        let words: Vec<u32> = bytemuck::pod_collect_to_vec(&[&bytes[..], &[0; 3]].concat()[..bytes.len().next_multiple_of(4)]);
+        let words: Vec<u32> = bytemuck::pod_collect_to_vec(
+            &[&bytes[..], &[0; 3]].concat()[..bytes.len().next_multiple_of(4)],
+        );
         for (i, (want, within)) in self.want.iter().zip(&self.within).enumerate() {
             let got = f32::from_bits(self.out.f32_bits(&words, i));
             let rounding = match self.out {
@@ -695,9 +704,10 @@ fn parse_operand(name: &str) -> Result<Operand> {
     let values = match values.split_once('/') {
         None => Values::Dense(parse_dtype(values)?),
         Some((spec, block)) => {
-            let block = Block::ALL.into_iter().find(|b| b.to_string() == block).ok_or_else(|| {
-                Error::InvalidSpec(format!("block {block:?} of {name:?}"))
-            })?;
+            let block = Block::ALL
+                .into_iter()
+                .find(|b| b.to_string() == block)
+                .ok_or_else(|| Error::InvalidSpec(format!("block {block:?} of {name:?}")))?;
             Values::Mx(MxSpec::by_name(spec)?.with_block(block))
         }
     };
