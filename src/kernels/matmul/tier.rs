@@ -361,47 +361,36 @@ pub(super) fn candidates(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool)
         return list;
     }
     let limits = gpu.device.limits();
-    let few = rows(desc) <= SKINNY;
     match (usual, tier) {
         (Shape::Tensor { by: Fragments::Wgsl, .. }, _) => {}
         (Shape::Tensor { by, side, .. }, _) => {
-            let wide: &[([u32; 2], [u32; 2])] = &[
-                ([2, 2], [4, 4]),
-                ([2, 2], [4, 2]),
-                ([2, 2], [2, 4]),
-                ([2, 2], [2, 2]),
-                ([2, 4], [4, 2]),
-                ([4, 2], [2, 4]),
-                ([2, 4], [2, 2]),
-                ([2, 4], [4, 4]),
-                ([4, 2], [4, 4]),
-                ([1, 2], [4, 4]),
-                ([1, 4], [4, 2]),
-                ([1, 4], [2, 2]),
+            let wide: &[([u32; 2], [u32; 2], &[u32])] = &[
+                ([2, 2], [4, 4], &[1, 2]),
+                ([2, 2], [4, 2], &[1, 2]),
+                ([2, 2], [2, 4], &[1]),
+                ([2, 2], [2, 2], &[1, 2, 4]),
+                ([2, 4], [4, 2], &[1, 2]),
+                ([4, 2], [2, 4], &[1]),
+                ([2, 4], [2, 2], &[1, 2]),
+                ([1, 4], [4, 2], &[1]),
+                ([2, 4], [4, 4], &[1]),
+                ([4, 2], [4, 4], &[1]),
             ];
-            let narrow: &[([u32; 2], [u32; 2])] = &[
-                ([1, 1], [1, 1]),
-                ([1, 1], [1, 2]),
-                ([1, 1], [1, 4]),
-                ([1, 2], [1, 1]),
-                ([1, 2], [1, 2]),
-                ([1, 2], [1, 4]),
-                ([1, 4], [1, 1]),
-                ([1, 4], [1, 2]),
-                ([1, 4], [1, 4]),
+            let narrow: &[([u32; 2], [u32; 2], &[u32])] = &[
+                ([1, 1], [1, 1], &[4, 8]),
+                ([1, 1], [1, 2], &[2, 4, 8]),
+                ([1, 1], [1, 4], &[2, 4, 8]),
+                ([1, 2], [1, 1], &[2, 4]),
+                ([1, 2], [1, 2], &[1, 2, 4]),
+                ([1, 2], [1, 4], &[1, 2, 4]),
             ];
-            // The exact tier's additions have an order; slices of k that are joined later are few enough.
-            let slices: &[u32] = match tier {
-                Tier::Exact => &[1],
-                _ if sliced => &[1],
-                _ if few => &[2, 4, 8],
-                _ => &[1, 2, 4],
-            };
-            let tiles = if few { narrow } else { wide };
+            let tiles = if is_skinny(desc) { narrow } else { wide };
             // The emulation is for tests.
             let count = if by == Fragments::Emulated { 3 } else { tiles.len() };
-            for (subgroups, fragments) in &tiles[..count] {
-                for slices in &slices[..if by == Fragments::Emulated { 1 } else { slices.len() }] {
+            for (subgroups, fragments, slices) in &tiles[..count] {
+                // The exact tier's additions have an order, and slices that are joined later are enough.
+                let one = tier == Tier::Exact || sliced;
+                for slices in slices.iter().filter(|slices| !one || **slices == 1) {
                     list.push(Shape::Tensor {
                         subgroups: *subgroups,
                         fragments: *fragments,
@@ -413,9 +402,9 @@ pub(super) fn candidates(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool)
             }
         }
         (Shape::Skinny { halves, .. }, _) => {
-            for (m, rn) in
-                [(1, 8), (1, 16), (1, 32), (1, 64), (2, 16), (2, 32), (4, 8), (4, 16), (8, 8)]
-            {
+            let most = rows(desc).next_power_of_two() as u32;
+            let sizes = [(1, 16), (1, 32), (1, 64), (2, 16), (2, 32), (4, 8), (4, 16), (8, 8)];
+            for (m, rn) in sizes.into_iter().filter(|(m, _)| *m <= most) {
                 list.push(Shape::Skinny { m, rn, halves: false, own: false });
                 if halves {
                     list.push(Shape::Skinny { m, rn, halves, own: false });
