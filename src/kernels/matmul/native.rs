@@ -189,6 +189,7 @@ impl Matmul {
             why: "its test".into(),
             slice: None,
             native: Some(native),
+            forced: None,
         })
     }
 
