@@ -312,11 +312,17 @@ fn usual(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool) -> Shape {
         let (subgroups, fragments, slices) = match (by, rows) {
             (Fragments::Wgsl, _) if side == 8 => ([2, 2], [4, 4], 1),
             (Fragments::Wgsl, _) => ([2, 2], [2, 2], 1),
-            (_, 0..=SKINNY) if square.is_none() => ([1, 2], [1, 2], 4),
+            // A subgroup alone needs no barriers in its loop; slices of k make a thousand of them.
+            (_, 0..=SKINNY) if square.is_none() => {
+                let subgroups = desc.n.div_ceil(32) * desc.batch * desc.experts.unwrap_or(1);
+                let slices = [2, 4, 8].into_iter().find(|slices| subgroups * slices >= 1024);
+                ([1, 1], [1, 2], slices.unwrap_or(8) as u32)
+            }
             _ if square.is_some() || sliced => ([2, 2], [4, 4], 1),
             // As many subgroups as keep a large device busy, from k where there are few tiles.
             _ if tiles >= WHOLE => ([2, 2], [4, 4], 1),
             _ if tiles >= 100 => ([2, 2], [4, 4], 2),
+            _ if tiles >= 50 => ([2, 2], [2, 2], 1),
             _ => ([2, 2], [2, 2], 2),
         };
         return Shape::Tensor { subgroups, fragments, slices, side, by };
@@ -326,6 +332,7 @@ fn usual(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool) -> Shape {
         let halves = rows <= 4 && tier == Tier::Exact && halves(gpu, desc);
         // Terms and A's part must fit workgroup memory.
         let (m, rn) = match (tier, rows) {
+            (_, 0..=1) if halves && desc.n < 8192 => (1, 16),
             (_, 0..=1) => (1, 32),
             (Tier::Exact, 2) if !short => (2, 32),
             (_, 2) | (Tier::Alu, _) => (2, 16),
@@ -333,11 +340,12 @@ fn usual(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool) -> Shape {
             _ if short || halves => (4, 8),
             _ => (8, 8),
         };
-        return Shape::Skinny { m, rn, halves, own: false };
+        return Shape::Skinny { m, rn, halves, own: halves && m == 1 };
     }
     if let (Tier::Exact, Some(by)) = (tier, exact_fragments(gpu)) {
         let (subgroups, fragments) = match square {
             Some(_) => ([2, 2], [4, 4]),
+            None if rows.div_ceil(128) * desc.n.div_ceil(128) * desc.batch < 50 => ([2, 2], [2, 2]),
             None => ([2, 4], [4, 2]),
         };
         return Shape::Tensor { subgroups, fragments, slices: 1, side: 16, by };
