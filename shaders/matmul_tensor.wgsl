@@ -84,17 +84,19 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         let here = min(k, last);
         let next = min(k + SLICES * 128u, last);
         for (var j = 0u; j < 4u; j++) { // unroll
-            a_put(&a_units, r0);
-            b_put(&b_units, r0);
-            workgroupBarrier();
+            a_put(&a_units, r0, j);
+            b_put(&b_units, r0, j);
+            stage_barrier();
             a_load(&a_units, tile.row, a_limit, r0, here, next, j);
             b_load(&b_units, tile.col, b_limit, r0, here, next, j);
-            if (SLICES == 1u || k < ks.y) { multiply(&sums, a_row, b_row); }
+            if (SLICES == 1u || k < ks.y) { multiply(&sums, a_row, b_row, j); }
             a_decode(&a_units, (j + 1u) % 4u);
             b_decode(&b_units, (j + 1u) % 4u);
-            workgroupBarrier();
+            stage_barrier();
         }
     }
+    // Slices that did not wait for each other do now.
+    if (SUBGROUPS_M * SUBGROUPS_N == 1u) { workgroupBarrier(); }
     for (var i = 0u; i < FM; i++) { // unroll
         strip_fragments(&sums, i, subgroup_m, b_row, lane);
         workgroupBarrier();

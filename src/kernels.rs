@@ -34,7 +34,7 @@ pub use attention::{Attention, AttentionDesc};
 pub use copy::Copy;
 pub use dequantize::{Dequantize, DequantizeDesc};
 pub use gradient_norm::GradientNorm;
-pub use matmul::{Extras, Groups, Matmul, MatmulDesc, Operand, Output, Tier, Values};
+pub use matmul::{Extras, Groups, Matmul, MatmulDesc, Operand, Output, Tier, Tuning, Values};
 pub use oscillation::Oscillation;
 pub use outliers::{Quantile, Split};
 pub use peak::Peak;

@@ -36,7 +36,7 @@ pub use formats::{
 };
 pub use kernels::{
     Dequantize, DequantizeDesc, Groups, Matmul, MatmulDesc, Operand, Output, Quantize,
-    QuantizeDesc, Router, RouterDesc, Routes, Tier,
+    QuantizeDesc, Router, RouterDesc, Routes, Tier, Tuning,
 };
 /// The graphics API that the crate's public types come from.
 pub use wgpu;

@@ -13,7 +13,7 @@ use microscaling::kernels::matmul::{Extras, Input, Values};
 use microscaling::{
     Axis, Block, Context, DType, Element, Error, Groups, Layout, MXFP4, MXFP6_E2M3, MXFP6_E3M2,
     MXFP8_E4M3, MXFP8_E5M2, MXINT8, Matmul, MatmulDesc, MxSpec, MxTensor, NVFP4, Operand, Options,
-    Output, Quantize, QuantizeDesc, Rounding, ScaleFormat, Tier, formats, wgpu,
+    Output, Quantize, QuantizeDesc, Rounding, ScaleFormat, Tier, Tuning, formats, wgpu,
 };
 
 /// Tests of values; every tier that the engine has.
@@ -31,8 +31,13 @@ const VALUES: &[(&str, Test)] = &[
     ("quantized_here_or_uploaded", quantized_here_or_uploaded),
 ];
 
+/// The emulation of the exact tier's fragments too.
+const EXACT: &[(&str, Test)] =
+    &[("exact_is_the_reference", exact_tier), ("measured_tiles", measured_tiles)];
+
 const PLAINLY: &[(&str, Test)] = &[
     ("exact_is_the_reference", exact_tier),
+    ("measured_tiles", measured_tiles),
     ("exact_is_f64_where_that_is_exact", exact_is_f64),
     ("the_sign_of_an_nvfp4_scale_is_ignored", sign_of_a_scale),
     ("bad_input_is_an_error", bad_input),
@@ -69,7 +74,7 @@ fn main() {
     let suite = |form: &str| match form {
         CPU => [PLAINLY, VALUES, MANY_BINDINGS].concat(),
         PLAIN => [PLAINLY, VALUES].concat(),
-        EMULATED => VALUES.to_vec(),
+        EMULATED => [EXACT, VALUES].concat(),
         _ => MANY_BINDINGS.to_vec(),
     };
     engines::run(suite, &forms, alone);
@@ -220,15 +225,15 @@ fn desc(a: impl Into<Operand>, b: impl Into<Operand>, [m, n, k]: [usize; 3]) -> 
     MatmulDesc { m, n, k, a: a.into(), b: b.into(), ..Default::default() }
 }
 
-/// The tiers to test: all that the engine has; the tensor tier alone where it is emulated, since the same driver is tested
-/// without emulation too.
+/// The tiers to test: all that the engine has; where fragments are emulated those that have them, since the same driver is
+/// tested without emulation too.
 fn tiers(ctx: &Context, desc: &MatmulDesc) -> Vec<Tier> {
     let has = |desc: &MatmulDesc, tier| {
         Matmul::new(ctx, &MatmulDesc { tier, ..*desc }).is_ok_and(|kernel| kernel.tier() == tier)
     };
     let sixteen = self::desc(MXFP4, MXFP4, [16; 3]);
     if ctx.caps().software && has(&sixteen, Tier::Tensor) {
-        return [Tier::Tensor].into_iter().filter(|tier| has(desc, *tier)).collect();
+        return [Tier::Exact, Tier::Tensor].into_iter().filter(|tier| has(desc, *tier)).collect();
     }
     [Tier::Exact, Tier::Alu, Tier::Tensor].into_iter().filter(|tier| has(desc, *tier)).collect()
 }
@@ -474,6 +479,127 @@ fn exact_tier(ctx: &Context, step: usize) -> Result<(), Failed> {
         let problem = problem(500 + i as u64, &desc(MXFP4, MXFP4, *shape), Spread::Near);
         problem.check_tier(ctx, Tier::Exact)?;
     }
+    Ok(())
+}
+
+/// Every tile of a small product in every tier gives what the usual one gives, the fastest is kept in a file, and products take
+/// it from there.
+fn measured_tiles(ctx: &Context, step: usize) -> Result<(), Failed> {
+    let mut tuning = Tuning::default();
+    let short = std::time::Duration::from_millis(1);
+    let cases = [
+        (Tier::Exact, desc(MXFP4, MXFP4, [70, 65, 256])),
+        (Tier::Exact, desc(MXFP4, MXFP4, [1, 96, 1152])),
+        (Tier::Tensor, desc(MXFP4, MXFP4, [33, 20, 128])),
+        (Tier::Alu, desc(MXFP8_E4M3, DType::F16, [40, 33, 38])),
+        (Tier::Exact, desc(NVFP4, MXFP6_E2M3, [33, 20, 100])),
+        (Tier::Exact, desc(NVFP4, MXINT8, [3, 20, 100])),
+        (Tier::Alu, desc(MXFP4, MXFP6_E3M2, [2, 33, 70])),
+        (Tier::Tensor, desc(MXFP4, DType::F16, [5, 20, 100])),
+        (Tier::Tensor, desc(MXFP4, MXFP8_E5M2, [5, 20, 384])),
+    ];
+    let mut measured = Vec::new();
+    // Software drivers take long to make pipelines.
+    let count = if step > 1 { 3 } else { cases.len() };
+    for (tier, desc) in cases.into_iter().take(count) {
+        let desc = MatmulDesc { tier, ..desc };
+        let Ok(matmul) = Matmul::new(ctx, &desc) else { continue };
+        let mut names = std::collections::HashSet::new();
+        let run = tuning.measure(ctx, &desc, short, |tried, _| {
+            assert!(names.insert(tried.tile.clone()), "{} twice", tried.tile);
+        });
+        let list = match pollster::block_on(run) {
+            Err(error) if ctx.wgpu().is_none() => {
+                says(error, &["measuring tiles needs a GPU"]);
+                return Ok(());
+            }
+            list => list?,
+        };
+        assert_eq!(list.len(), names.len());
+        for candidate in &list {
+            if let Err(problem) = &candidate.seconds {
+                return Err(format!("{desc:?} {}: {problem}", candidate.tile).into());
+            }
+        }
+        let usual = matmul.tile(ctx).expect("a GPU");
+        assert!(names.contains(&usual), "{usual} is not in {names:?}");
+        measured.push((desc, list[0].tile.clone()));
+    }
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("tiles.toml");
+    tuning.write(&path)?;
+    tuning.write(&path)?;
+    assert_eq!(std::fs::read_dir(&directory)?.count(), 1, "nothing else is left");
+    let read = Tuning::read(&path)?;
+    assert_eq!(read, tuning);
+    let tuned = ctx.use_tuning(&read);
+    assert_eq!((tuned.used, tuned.others, tuned.refused), (measured.len(), 0, vec![]));
+    for (desc, tile) in &measured {
+        assert_eq!(Matmul::new(ctx, desc)?.tile(ctx).as_ref(), Some(tile));
+    }
+
+    // Another tile than the usual one is taken, by products of that class of size alone, and the bits stay.
+    let desc = MatmulDesc { tier: Tier::Exact, ..desc(MXFP4, MXFP4, [70, 65, 256]) };
+    let text = std::fs::read_to_string(&path)?;
+    let start = text.find("m = 70").expect("the first product");
+    let (at, end) = {
+        let at = start + text[start..].find("tile = ").expect("its tile");
+        (at, at + text[at..].find('\n').expect("a line"))
+    };
+    let with = |tile: &str| [&text[..at], &format!("tile = {tile:?}"), &text[end..]].concat();
+    std::fs::write(&path, with("tile64x64.8x4"))?;
+    assert_eq!(ctx.use_tuning(&Tuning::read(&path)?).used, measured.len());
+    let problem = problem(7, &desc, Spread::Wild);
+    for (m, takes) in [(70, true), (128, true), (64, false), (129, false)] {
+        let tile = Matmul::new(ctx, &MatmulDesc { m, ..desc })?.tile(ctx);
+        assert_eq!(tile.as_deref() == Some("tile64x64.8x4"), takes, "{m}: {tile:?}");
+    }
+    problem.check_tier(ctx, Tier::Exact)?;
+
+    // What is not there, of another device, or of another version.
+    for wrong in ["tile3x5.1x1", "skinny1x32", "", "emulated16.2x2x4.9x9"] {
+        std::fs::write(&path, with(wrong))?;
+        let tuned = ctx.use_tuning(&Tuning::read(&path)?);
+        assert_eq!((tuned.used, tuned.refused.len()), (measured.len() - 1, 1), "{wrong}");
+        assert!(tuned.refused[0].contains(&format!("{wrong:?}")), "{:?}", tuned.refused);
+    }
+    for (from, to) in [("version = \"", "version = \"9."), ("adapter = \"", "adapter = \"x")] {
+        std::fs::write(&path, text.replace(from, to))?;
+        let tuned = ctx.use_tuning(&Tuning::read(&path)?);
+        assert_eq!((tuned.used, tuned.others), (0, measured.len()));
+    }
+    ctx.use_tuning(&Tuning::default());
+    let huge = "18446744073709551615";
+    for (from, to) in [
+        ("m = 70", "m = -70"),
+        ("m = 70", &format!("m = {huge}")),
+        ("k = 256", "k = 4611686018427387904"),
+        ("tier = \"exact\"", "tier = \"auto\""),
+        ("mxfp4/1x32", "mxfp4/9x9"),
+        ("mxfp4/1x32", "mxfp5/1x32"),
+        ("out = \"f32\"", "out = \"f64\""),
+        ("format = 1", "format = 2"),
+        ("format = 1", "format = \"\u{1F980}\""),
+        ("[[device]]", "[device]"),
+        ("[", "\0"),
+    ] {
+        std::fs::write(&path, text.replacen(from, to, 1))?;
+        match Tuning::read(&path) {
+            Ok(tuning) => assert!(!ctx.use_tuning(&tuning).refused.is_empty(), "{from} {to}"),
+            Err(error) => says(error, &["tiles.toml", "no file of measured tiles"]),
+        }
+    }
+    std::fs::write(&path, [0xff; 100])?;
+    says(Tuning::read(&path).unwrap_err(), &["it is not text"]);
+    for cut in (0..text.len()).step_by(97) {
+        std::fs::write(&path, &text.as_bytes()[..cut])?;
+        if let Ok(tuning) = Tuning::read(&path) {
+            ctx.use_tuning(&tuning);
+        }
+    }
+    ctx.use_tuning(&Tuning::default());
+    says(Tuning::read(&directory.path().join("none")).unwrap_err(), &["none: "]);
+    says(tuning.write(&directory.path().join("no/such")).unwrap_err(), &["no/such: "]);
     Ok(())
 }
 
@@ -912,7 +1038,7 @@ fn slices_of_k(ctx: &Context, _: usize) -> Result<(), Failed> {
         (2, desc(across(DType::F16), MXFP6_E2M3.with_block(Block::Square(16)), [20, 34, 2112])),
         (1, desc(MXFP4, MXFP4, [20, 33, 2000])),
     ];
-    let emulated = ctx.caps().software && tiers(ctx, &cases[0].1) == [Tier::Tensor];
+    let emulated = ctx.caps().software && tiers(ctx, &cases[0].1) == [Tier::Exact, Tier::Tensor];
     for (i, (slices, desc)) in cases.into_iter().enumerate() {
         let old = (desc.beta != 0.0).then(|| gaussian(5, desc.m * desc.n));
         let mut problem = Problem { old, ..problem(95 + 2 * i as u64, &desc, Spread::Wild) };

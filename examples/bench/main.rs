@@ -3,6 +3,9 @@
 //! `cargo run --release --example bench [-- --quick] [-- --json FILE] [-- --svg FILE]`, and
 //! `cargo run --release --example bench -- --compare FILE... [--svg FILE]` for files written before.
 //!
+//! `cargo run --release --example bench -- --tune [PRODUCT...] --cache FILE` measures which tiles are the fastest on this
+//! device, and `--cache FILE` without it takes them.
+//!
 //! It prints what the device offers, its measured peaks, and a line for each product: time, rate, share of the peak, what
 //! bounds it. A sample of every product's outputs is verified.
 
@@ -12,6 +15,7 @@ mod draw;
 mod measure;
 #[path = "../shared/output.rs"]
 mod output;
+mod tune;
 
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -49,6 +53,16 @@ struct Args {
     /// Draw time against size, for the cubes.
     #[arg(long, value_name = "FILE")]
     svg_cubes: Option<PathBuf>,
+    /// Measure which tiles are the fastest, for these products, M,N,K[,TIER[,A[,B]]] each (A and B: a format, or f32, f16,
+    /// bf16); without any for those of the main cases.
+    #[arg(long, value_name = "PRODUCT", num_args = 0.., conflicts_with_all = ["compare", "quick", "json", "svg", "svg_cubes"])]
+    tune: Option<Vec<tune::Product>>,
+    /// Seconds for each product of --tune.
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0, requires = "tune")]
+    seconds: f64,
+    /// The file that keeps measured tiles: --tune adds to it, everything else takes what it has for this device.
+    #[arg(long, value_name = "FILE", conflicts_with = "compare")]
+    cache: Option<PathBuf>,
     /// auto, cpu, gpu, a part of an adapter's name, or #0, #1, ….
     #[arg(long, default_value = "auto", conflicts_with = "compare")]
     device: DeviceChoice,
@@ -66,6 +80,9 @@ fn main() {
 }
 
 fn run(args: &Args) -> Result<()> {
+    if let Some(products) = &args.tune {
+        return tune::tune(&args.device, products, args.seconds, args.cache.as_deref());
+    }
     let results = match &args.compare[..] {
         [] => {
             // Before anything is measured, so that minutes of work do not end at a file that cannot be written.
@@ -109,6 +126,9 @@ fn bench(args: &Args) -> Result<Value> {
     let start = Instant::now();
     let ctx =
         Context::open_blocking(&Options { device: args.device.clone(), ..Default::default() })?;
+    if let Some(path) = &args.cache {
+        tune::take(&ctx, path)?;
+    }
     let caps = ctx.caps();
     let scale = Scale::new(args.quick, caps.software);
     println!("device: {} ({}; {})", caps.name, caps.backend, caps.driver);

@@ -84,6 +84,9 @@ struct Args {
     /// Go on from the checkpoints in DIR
     #[arg(long)]
     resume: bool,
+    /// Begin with the parameters of the last checkpoint in DIR, of a run of the same model in any recipe
+    #[arg(long, value_name = "DIR")]
+    init: Option<PathBuf>,
     /// Save and leave after so many seconds; --resume goes on
     #[arg(long, value_name = "SECONDS")]
     max_seconds: Option<u64>,
@@ -113,6 +116,7 @@ struct Setting {
     save_every: Duration,
     until: Option<Instant>,
     interrupt: interrupt::Interrupt,
+    init: Option<PathBuf>,
     header: report::Header,
 }
 
@@ -253,6 +257,7 @@ fn run() -> Result<()> {
         save_every: Duration::from_secs(args.save_every),
         until: args.max_seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds)),
         interrupt: interrupt::Interrupt::listen()?,
+        init: args.init.clone(),
         header,
     };
 
@@ -455,6 +460,13 @@ fn train(
     let mut trainer = Trainer::new(ctx, desc)?;
     if let Some(checkpoint) = checkpoint {
         trainer.restore(checkpoint).map_err(|error| format!("{}: {error}", directory.display()))?;
+    } else if let Some(from) = &setting.init {
+        let Some(found) = Checkpoint::load_latest(from)? else {
+            return Err(format!("--init {}: no checkpoint there", from.display()).into());
+        };
+        trainer
+            .begin_with(found.checkpoint)
+            .map_err(|error| format!("--init {}: {error}", from.display()))?;
     }
     let mut bar = progress.add(&name, width, trainer.step())?;
     let tokens = desc.model.tokens() as u64;

@@ -21,7 +21,11 @@ fn sums_zero(sums: ptr<function, Sums>) {
     }
 }
 
-fn multiply(sums: ptr<function, Sums>, a_row: u32, b_row: u32) {
+fn factor_put(slot: u32, segment: u32, row: u32, factor: f32) {}
+
+fn stage_barrier() { workgroupBarrier(); }
+
+fn multiply(sums: ptr<function, Sums>, a_row: u32, b_row: u32, stage: u32) {
     for (var s = 0u; s < 32u / FRAGMENT; s++) { // unroll
         var b: array<MatB, FN>;
         for (var j = 0u; j < FN; j++) { // unroll

@@ -52,7 +52,7 @@ fn op_decode(units: ptr<function, array<op_Unit, OP_UNITS>>, j: u32) {
     }
 }
 
-fn op_put(units: ptr<function, array<op_Unit, OP_UNITS>>, r0: u32) {
+fn op_put(units: ptr<function, array<op_Unit, OP_UNITS>>, r0: u32, j: u32) {
     for (var u = 0u; u < OP_UNITS; u++) { // unroll
         tile_put((OP_ROW0 + r0 + u * ROW_STEP) * PITCH + lane_part(), (*units)[u].h);
     }

@@ -1,10 +1,11 @@
 //! The GPU engine: a wgpu device and queue, allocation, transfer, and the pipeline cache.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::caps::Caps;
 use super::shader::{Binding, Kernel};
+use crate::kernels::matmul::Table;
 use crate::{Error, Result};
 
 /// Transfers go through host memory in pieces of at most this size.
@@ -35,6 +36,8 @@ pub(crate) struct Gpu {
     /// The native routes, opened when first asked for.
     #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
     native: std::sync::OnceLock<crate::native::registry::Registry>,
+    /// Tiles that were measured.
+    pub(crate) tuning: RwLock<Table>,
     pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
     scratch: Mutex<Option<wgpu::Buffer>>,
     lost: Arc<Mutex<Option<String>>>,
@@ -89,6 +92,7 @@ impl Gpu {
             native_from: crate::native::SMALLEST,
             #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
             native: Default::default(),
+            tuning: RwLock::default(),
             pipelines: Mutex::default(),
             scratch: Mutex::default(),
             lost,

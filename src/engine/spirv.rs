@@ -1,15 +1,16 @@
 //! WGSL to SPIR-V for what naga cannot say yet, for drivers that take SPIR-V as it is.
 //!
-//! naga 30 writes the module; four instructions are then put right, each of them local and checked by its pattern:
+//! naga 30 writes the module; five instructions are then put right, each of them local and checked by its pattern:
 //! - cooperative matrices A and B loaded from memory typed f32 get the component type f16, which Vulkan allows whatever the
 //!   pointer's type is (SPV_KHR_cooperative_matrix), and naga does not; in a module with the line `BF16_FRAGMENTS` it is bfloat16
 //!   (SPV_KHR_bfloat16);
 //! - `unpack2x16float` followed by the conversion to f16, and the converse, become the bitcast that they are (naga types
 //!   `bitcast<vec2<f16>>` wrongly); exact either way;
+//! - a difference of two cooperative matrices becomes the product of their elements, which naga has no expression for;
 //! - a `subgroupBarrier` orders workgroup memory among the subgroup, which is all that invocations of a subgroup share (naga
 //!   names SubgroupMemory, a storage class that Vulkan does not have).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use naga::back::spv;
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
@@ -29,6 +30,8 @@ const OP_TYPE_VECTOR: u16 = 23;
 const OP_CONSTANT: u16 = 43;
 const OP_F_CONVERT: u16 = 115;
 const OP_BITCAST: u16 = 124;
+const OP_F_SUB: u16 = 131;
+const OP_F_MUL: u16 = 133;
 const OP_CONTROL_BARRIER: u16 = 224;
 const OP_TYPE_COOPERATIVE_MATRIX: u16 = 4456;
 const CAPABILITY_BFLOAT16_TYPE: u32 = 5116;
@@ -101,6 +104,11 @@ fn correct(words: &[u32], bf16: bool) -> Result<Vec<u32>, String> {
         })
         .map(|(_, a)| a[1]);
 
+    let matrices: HashSet<u32> = instructions
+        .iter()
+        .filter(|(op, _)| *op == OP_TYPE_COOPERATIVE_MATRIX)
+        .map(|(_, a)| a[0])
+        .collect();
     let mut constants = HashMap::new();
     let mut unpacked = HashMap::new();
     let mut converted = HashMap::new();
@@ -117,6 +125,7 @@ fn correct(words: &[u32], bf16: bool) -> Result<Vec<u32>, String> {
             OP_CONTROL_BARRIER if constants.get(&a[2]) == Some(&ORDER_SUBGROUP_MEMORY) => {
                 a[2] = workgroup_order.ok_or("no workgroupBarrier besides a subgroupBarrier")?;
             }
+            OP_F_SUB if matrices.contains(&a[0]) => *op = OP_F_MUL,
             OP_EXT_INST if a.len() == 5 && a[3] == GLSL_UNPACK_HALF_2X16 => {
                 unpacked.insert(a[1], a[4]);
             }

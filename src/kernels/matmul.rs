@@ -31,9 +31,12 @@ mod gpu;
 #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
 pub(crate) mod native;
 mod tier;
+mod tune;
 
 pub use gpu::kernels;
 pub(in crate::kernels) use gpu::operand_constants;
+pub(crate) use tune::Table;
+pub use tune::{Candidate, Tuned, Tuning};
 
 use crate::engine::buffer::{DType, DeviceMxTensor, Rows, STATE_WORDS, Tensor};
 use crate::engine::{Context, Stream};
@@ -345,6 +348,8 @@ pub struct Matmul {
     slice: Option<usize>,
     #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
     native: Option<native::Native>,
+    /// The tile to take, to measure it.
+    forced: Option<tier::Shape>,
 }
 
 impl Matmul {
@@ -368,6 +373,7 @@ impl Matmul {
                         why,
                         slice: None,
                         native,
+                        forced: None,
                     });
                 }
                 Some(Err(has)) if named => {
@@ -406,6 +412,7 @@ impl Matmul {
             slice: tier::slice(ctx, desc, tier),
             #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
             native: None,
+            forced: None,
         })
     }
 
@@ -417,6 +424,14 @@ impl Matmul {
     /// Why that one.
     pub fn why(&self) -> &str {
         &self.why
+    }
+
+    /// The name of the tile that it takes on `ctx`, whose kernels are not made for it yet: the one measured for such products
+    /// ([`Context::use_tuning`]), or else the usual one. None on the CPU engine.
+    pub fn tile(&self, ctx: &Context) -> Option<String> {
+        let crate::engine::Engine::Gpu(gpu) = ctx.engine() else { return None };
+        let shape = tier::shape(gpu, &self.desc, self.tier, self.slice.is_some());
+        Some(self.forced.unwrap_or(shape).to_string())
     }
 
     /// How many parts k is summed in, one after the other added in ascending order: more than one for few outputs of a long k,

@@ -10,7 +10,10 @@ use crate::engine::{Context, Stream};
 use crate::formats::{Axis, Rounding};
 use crate::kernels::matmul::{Extras, Groups, Input, Values};
 use crate::kernels::quantize_both::{Guards, Hadamard, QuantizeBoth, Side, Signs};
-use crate::kernels::{Matmul, MatmulDesc, Operand, Quantile, Quantize, QuantizeDesc, Split, add};
+use crate::kernels::{
+    Dequantize, DequantizeDesc, Matmul, MatmulDesc, Operand, Quantile, Quantize, QuantizeDesc,
+    Split, add,
+};
 use crate::{Error, Result};
 
 use super::recipe::{self, Cast, Form, Linear, Round};
@@ -214,6 +217,8 @@ pub struct MxLinear {
     wgrad: Matmul,
     clips: [Option<(Quantile, Tensor)>; 2],
     outliers: Option<Outliers>,
+    /// The values of the packed x, where wgrad's is made of them.
+    x_values: Option<Tensor>,
     /// Copies of x and dy.
     kept: Option<[Tensor; 2]>,
 }
@@ -369,6 +374,10 @@ impl MxLinear {
             dgrad,
             wgrad,
             outliers,
+            x_values: match recipe.wgrad.x.requantized {
+                true => Some(ctx.zeros(desc.x, rows, k)?),
+                false => None,
+            },
             kept: None,
         })
     }
@@ -451,22 +460,40 @@ impl MxLinear {
         if let Some(o) = &mut self.outliers {
             o.split.choose(stream, x)?;
         }
+        let recipe = &self.recipe;
+        let row_cast =
+            (&recipe.forward.x, draws.hadamard(&recipe.forward.x, layer, FORWARD), X_ROWS);
+        let column_cast =
+            (&recipe.wgrad.x, draws.hadamard(&recipe.wgrad.x, layer, WGRAD), X_COLUMNS);
+        let none = &mut Made::AsIs(self.desc.x);
         quantize(
             stream,
             x,
-            (
-                &self.recipe.forward.x,
-                draws.hadamard(&self.recipe.forward.x, layer, FORWARD),
-                X_ROWS,
-            ),
-            (&self.recipe.wgrad.x, draws.hadamard(&self.recipe.wgrad.x, layer, WGRAD), X_COLUMNS),
+            row_cast,
+            column_cast,
             &mut self.x,
-            &mut self.x_columns,
+            if self.x_values.is_some() { &mut *none } else { &mut self.x_columns },
             &mut self.clips[0],
             self.outliers.as_ref().map(|o| o.split.mask()),
             (draws, layer),
             counters,
         )?;
+        if let (Some(values), Made::Packed(packed)) = (&mut self.x_values, &self.x) {
+            let desc = DequantizeDesc { spec: packed.layout().spec, axis: packed.layout().axis };
+            Dequantize::new(stream.context(), &desc)?.record(stream, packed, values)?;
+            quantize(
+                stream,
+                values,
+                row_cast,
+                column_cast,
+                none,
+                &mut self.x_columns,
+                &mut None,
+                None,
+                (draws, layer),
+                None,
+            )?;
+        }
         self.forward.record_with(stream, self.x.input(x), self.w.input(w), &mut *y, extras)?;
         if let Some(o) = &mut self.outliers {
             o.split.gather(stream, x, &mut o.x)?;

@@ -151,6 +151,10 @@ pub struct Cast {
     /// Keep so many columns of the largest magnitude in bf16: their product is added. Forward's x only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outliers: Option<usize>,
+    /// Made from what forward takes, quantized, and not from the tensor itself: the gradient of the quantized model (TetraJet,
+    /// arXiv 2502.20853). Wgrad's x only.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub requantized: bool,
 }
 
 /// The scale rules of [`ScaleRule`].
@@ -323,6 +327,7 @@ impl Cast {
             signs: None,
             clip: None,
             outliers: None,
+            requantized: false,
         }
     }
 
@@ -437,6 +442,9 @@ impl Cast {
         {
             return wrong("outliers: a positive multiple of 4, for forward.x only".into());
         }
+        if self.requantized && operand != "wgrad.x" {
+            return wrong("requantized is for wgrad.x only".into());
+        }
         Ok(())
     }
 }
@@ -455,7 +463,9 @@ impl Linear {
     /// The same with a dense forward product.
     pub fn dense_forward(&self, dense: Dense) -> Linear {
         let cast = || Cast::plain(dense.name());
-        Linear { forward: Forward { x: cast(), w: cast() }, ..self.clone() }
+        let mut linear = Linear { forward: Forward { x: cast(), w: cast() }, ..self.clone() };
+        linear.wgrad.x.requantized = false;
+        linear
     }
 
     /// Checks that every combination exists.
@@ -479,6 +489,15 @@ impl Linear {
                 return Err(Error::Recipe(format!(
                     "{name}: both operands need the same hadamard and signs, or the product is another one"
                 )));
+            }
+        }
+        if self.wgrad.x.requantized {
+            let packed = |cast: &Cast| matches!(cast.form(), Ok(Form::Mx(_)));
+            let forward = &self.forward.x;
+            if !packed(forward) || !packed(&self.wgrad.x) || forward.hadamard.is_some() {
+                return Err(Error::Recipe(
+                    "wgrad.x: requantized takes two MX formats, and no Hadamard transform in forward".into(),
+                ));
             }
         }
         for (name, a, b) in
@@ -752,7 +771,12 @@ mod tests {
     fn what_cannot_be_is_an_error() {
         let good = Recipe::preset("mxfp4").unwrap();
         type Broken = (&'static str, fn(&mut Recipe));
-        let broken: [Broken; 13] = [
+        let broken: [Broken; 15] = [
+            ("for wgrad.x only", |r| r.linear.dgrad.dy.requantized = true),
+            ("two MX formats", |r| {
+                r.linear = r.linear.dense_forward(Dense::Bf16);
+                r.linear.wgrad.x.requantized = true;
+            }),
             ("late_forward", |r| r.late_forward = 1.5),
             ("at least 2", |r| r.oscillation = Some(Reset { every: 1, ..Default::default() })),
             ("transformed weights", |r| {

@@ -398,6 +398,23 @@ impl Trainer {
         ctx.submit(stream)
     }
 
+    /// Begins with the parameters of another run's checkpoint, of the same model in any recipe; its optimizer is not taken.
+    pub fn begin_with(&mut self, mut checkpoint: Checkpoint) -> Result<()> {
+        let ctx = self.ctx.clone();
+        for p in &mut self.model.params {
+            let bytes = checkpoint.take(&p.name, dtype(p.value.dtype()), &p.value.shape())?;
+            p.value.data.write(&ctx, &bytes)?;
+        }
+        for (name, bias) in self.model.biases_mut() {
+            let bytes = checkpoint.take(&name, Dtype::F32, &bias.shape())?;
+            bias.data.write(&ctx, &bytes)?;
+        }
+        let mut stream = ctx.stream();
+        self.prepare(&mut stream)?;
+        self.oscillate(&mut stream, Action::Start)?;
+        ctx.submit(stream)
+    }
+
     fn meta(&self) -> Result<[(&'static str, String); 5]> {
         Ok([
             ("model", format!("{:?}", self.desc.model)),

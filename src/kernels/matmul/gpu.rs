@@ -109,7 +109,10 @@ pub(super) fn record(
             Target::Mx(t) => t.codes.chunks().count() <= 1,
         };
     let slice = matmul.slice.filter(|_| bound_at_once);
-    let shape = tier::shape(gpu, desc, tier, slice.is_some());
+    let shape = match matmul.forced {
+        Some(shape) if k != 0 => shape,
+        _ => tier::shape(gpu, desc, tier, slice.is_some()),
+    };
     let variant = Variant::new(desc, tier, shape, slice.is_some());
     let storage = variant.bindings().len() - 1;
     let limit = gpu.device.limits().max_storage_buffers_per_shader_stage as usize;
@@ -482,9 +485,11 @@ impl Variant {
 
     fn new(desc: &MatmulDesc, tier: Tier, shape: Shape, sliced: bool) -> Variant {
         let vectors = matches!(shape, Shape::Tensor { .. } | Shape::Skinny { halves: true, .. });
-        let load = |operand: &Operand, outputs| match vectors {
-            true => tier::load(operand, desc.k, outputs),
-            false => Load::Words,
+        let fragments = matches!(shape, Shape::Tensor { .. });
+        let load = |operand: &Operand, outputs| match (vectors, tier) {
+            (true, Tier::Exact) if fragments => tier::load_exact(operand, desc.k),
+            (true, _) => tier::load(operand, desc.k, outputs),
+            _ => Load::Words,
         };
         let [bm, bn] = shape.outputs().map(|side| side as usize);
         let tensor = matches!(shape, Shape::Tensor { .. });
@@ -527,19 +532,11 @@ impl Variant {
                 Load::Words => "",
                 Load::Vectors => "-vectors",
                 Load::Columns => "-columns",
+                Load::Blocks => "-blocks",
             };
             format!("{values}{transposed}{load}{}", if whole { "-whole" } else { "" })
         };
-        let shape = match self.shape {
-            Shape::Tile { bm, bn, tm, tn } => format!("tile{bm}x{bn}.{tm}x{tn}"),
-            Shape::Skinny { m, rn, halves } => {
-                format!("skinny{m}x{rn}{}", if halves { ".halves" } else { "" })
-            }
-            Shape::Join { bm, bn } => format!("join{bm}x{bn}"),
-            Shape::Tensor { subgroups: [sm, sn], fragments: [fm, fn_], slices, side, by } => {
-                format!("{by:?}{side}.{sm}x{sn}x{slices}.{fm}x{fn_}").to_lowercase()
-            }
-        };
+        let shape = self.shape;
         let out = match self.out {
             Out::Dense { dtype, ends } => format!("{dtype}-{ends:?}").to_lowercase(),
             Out::Mx { spec, stochastic } => {
@@ -571,7 +568,10 @@ impl Variant {
         }
         for (name, operand, load) in [("a", self.a, self.load[0]), ("b", self.b, self.load[1])] {
             if !join {
-                let codes = if load == Load::Words { "array<u32>" } else { "array<vec4<u32>>" };
+                let codes = match load {
+                    Load::Words | Load::Blocks => "array<u32>",
+                    Load::Vectors | Load::Columns => "array<vec4<u32>>",
+                };
                 list.push((format!("{name}_codes"), codes, false));
             }
             if let Values::Mx(_) = operand.values {
@@ -617,10 +617,7 @@ impl Variant {
     }
 
     fn workgroup(&self) -> u32 {
-        match self.shape {
-            Shape::Tensor { subgroups: [m, n], slices, .. } => 32 * m * n * slices,
-            _ => WORKGROUP,
-        }
+        self.shape.workgroup()
     }
 
     /// Rows of outputs that go through workgroup memory at a time.
@@ -678,7 +675,7 @@ impl Variant {
                 .constant("BN", bn)
                 .constant("TM", tm)
                 .constant("TN", tn)
-                .constant("UNITS", ((bm + bn) * self.stage() / 8).div_ceil(WORKGROUP))
+                .constant("UNITS", ((bm + bn) * self.stage() / 8).div_ceil(self.workgroup()))
                 .constant("STRIP_ROWS", self.strip_rows()),
             Shape::Join { bm, bn } => source.constant("BM", bm).constant("BN", bn),
             Shape::Skinny { m, rn, .. } => source
@@ -710,7 +707,8 @@ impl Variant {
             .constant("SEGMENTS", self.segments)
             .constant("STAGE", self.stage())
             .flag("NIBBLES", same(self.a, self.b))
-            .flag("PAIRS", alike && self.load == [Load::Vectors; 2])
+            .flag("EXACT", self.tier == Tier::Exact)
+            .flag("PAIRS", alike && [[Load::Vectors; 2], [Load::Blocks; 2]].contains(&self.load))
             .flag("BF16", bf16)
             .flag("BIAS", self.bias)
             .flag("GROUPED", self.grouped != Grouped::No)
@@ -799,6 +797,7 @@ impl Variant {
                     shader!("lib/operand.wgsl"),
                     shader!("lib/operand_halves.wgsl"),
                     match tier::fp8(spec) {
+                        _ if load == Load::Blocks => shader!("lib/loader_blocks.wgsl"),
                         true => shader!("lib/loader_bytes.wgsl"),
                         false => shader!("lib/loader_nibbles.wgsl"),
                     },
@@ -850,6 +849,9 @@ impl Variant {
                 source.fragment(shader!("lib/dots_alu.wgsl")).fragment(shader!("matmul.wgsl"))
             }
             (Shape::Join { .. }, _) => source.fragment(shader!("matmul_join.wgsl")),
+            (Shape::Skinny { own: true, .. }, _) => {
+                source.fragment(shader!("matmul_skinny_own.wgsl"))
+            }
             (Shape::Skinny { halves, .. }, Tier::Exact) => source
                 .fragment(if halves {
                     shader!("lib/terms_halves.wgsl")
@@ -865,6 +867,15 @@ impl Variant {
                     Fragments::Spirv => shader!("lib/coop_f32.wgsl"),
                     Fragments::Wgsl => shader!("lib/coop_f16.wgsl"),
                     Fragments::Emulated => shader!("lib/coop_emulated.wgsl"),
+                })
+                .fragment(match (by, self.tier) {
+                    (Fragments::Spirv, Tier::Exact) => shader!("lib/multiply_exact.wgsl"),
+                    (Fragments::Spirv, _) => shader!("lib/multiply.wgsl"),
+                    (Fragments::Wgsl, _) => "",
+                    (Fragments::Emulated, Tier::Exact) => {
+                        shader!("lib/multiply_exact_emulated.wgsl")
+                    }
+                    (Fragments::Emulated, _) => shader!("lib/multiply_emulated.wgsl"),
                 })
                 .fragment(shader!("matmul_tensor.wgsl")),
         };
@@ -941,13 +952,18 @@ pub fn kernels() -> Vec<Kernel> {
     let shapes = [
         (Tier::Exact, Shape::Tile { bm: 128, bn: 128, tm: 8, tn: 8 }),
         (Tier::Exact, Shape::Tile { bm: 64, bn: 64, tm: 4, tn: 4 }),
-        (Tier::Exact, Shape::Skinny { m: 1, rn: 32, halves: false }),
-        (Tier::Exact, Shape::Skinny { m: 4, rn: 8, halves: false }),
-        (Tier::Exact, Shape::Skinny { m: 1, rn: 32, halves: true }),
-        (Tier::Exact, Shape::Skinny { m: 4, rn: 8, halves: true }),
+        (Tier::Exact, Shape::Skinny { m: 1, rn: 32, halves: false, own: false }),
+        (Tier::Exact, Shape::Skinny { m: 4, rn: 8, halves: false, own: false }),
+        (Tier::Exact, Shape::Skinny { m: 1, rn: 32, halves: true, own: false }),
+        (Tier::Exact, Shape::Skinny { m: 4, rn: 8, halves: true, own: false }),
+        (Tier::Exact, Shape::Skinny { m: 1, rn: 32, halves: true, own: true }),
+        (Tier::Exact, Shape::Skinny { m: 2, rn: 16, halves: true, own: true }),
+        (Tier::Exact, by(Fragments::Spirv)),
+        (Tier::Exact, by(Fragments::Emulated)),
+        (Tier::Exact, sliced([2, 2], [4, 2], 1)),
         (Tier::Alu, Shape::Tile { bm: 64, bn: 64, tm: 4, tn: 4 }),
-        (Tier::Alu, Shape::Skinny { m: 1, rn: 32, halves: false }),
-        (Tier::Alu, Shape::Skinny { m: 2, rn: 16, halves: false }),
+        (Tier::Alu, Shape::Skinny { m: 1, rn: 32, halves: false, own: false }),
+        (Tier::Alu, Shape::Skinny { m: 2, rn: 16, halves: false, own: false }),
         (Tier::Tensor, by(Fragments::Spirv)),
         (Tier::Tensor, by(Fragments::Emulated)),
         (Tier::Tensor, small(16, Fragments::Wgsl)),
@@ -959,10 +975,12 @@ pub fn kernels() -> Vec<Kernel> {
     let mut variants = Vec::new();
     for (tier, shape) in shapes {
         let tensor = tier == Tier::Tensor;
+        let exact_fragments = tier == Tier::Exact && matches!(shape, Shape::Tensor { .. });
         let halves = matches!(shape, Shape::Skinny { halves: true, .. });
-        let reads = |values| match tensor || halves {
-            true => tier::load(&Operand { values, transposed: false }, 128, 128),
-            false => Load::Words,
+        let reads = |values| match Operand::from(values) {
+            operand if exact_fragments => tier::load_exact(&operand, 128),
+            operand if tensor || halves => tier::load(&operand, 128, 128),
+            _ => Load::Words,
         };
         let takes = |values: Values| match tier {
             Tier::Exact if halves => {
@@ -1016,10 +1034,12 @@ pub fn kernels() -> Vec<Kernel> {
                 }
             }
         }
-        if tensor {
+        if tensor || exact_fragments {
             variants.push(Variant { whole: [true; 2], ..plain(mxfp4, mxfp4) });
         }
-        if matches!(shape, Shape::Tensor { by: Fragments::Spirv | Fragments::Emulated, .. }) {
+        if tensor
+            && matches!(shape, Shape::Tensor { by: Fragments::Spirv | Fragments::Emulated, .. })
+        {
             let bf16 = plain(Values::Dense(DType::BF16), Values::Dense(DType::BF16));
             let transposed = Operand { transposed: true, ..bf16.a };
             let mixed = Variant { b: transposed, load: [Load::Vectors, Load::Columns], ..bf16 };

@@ -196,6 +196,7 @@ impl Matmul {
             why: "its test".into(),
             slice: None,
             native: Some(native),
+            forced: None,
         })
     }
 

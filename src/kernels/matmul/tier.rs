@@ -5,15 +5,18 @@ use crate::engine::buffer::DType;
 use crate::engine::gpu::Gpu;
 use crate::engine::{Context, Engine};
 use crate::formats::{Element, MxSpec};
-use crate::kernels::NVIDIA;
+use crate::kernels::{NVIDIA, WORKGROUP};
 use crate::{Error, Result};
 
 /// Rows of A up to which the skinny kernels are meant.
 pub(super) const SKINNY: usize = 16;
 
+/// The ALU tier's tile, which takes any product.
+pub(super) const ALU: Shape = Shape::Tile { bm: 64, bn: 64, tm: 4, tn: 4 };
+
 /// How the tensor tier's fragments are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fragments {
+pub(crate) enum Fragments {
     /// By SPIR-V that this crate makes (src/engine/spirv.rs).
     Spirv,
     /// By plain WGSL.
@@ -24,11 +27,12 @@ pub(super) enum Fragments {
 
 /// The work of a workgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Shape {
+pub(crate) enum Shape {
     /// `shaders/matmul.wgsl`: `bm × bn` outputs, `tm × tn` an invocation.
     Tile { bm: u32, bn: u32, tm: u32, tn: u32 },
-    /// `shaders/matmul_skinny.wgsl`: `m` rows of A, `rn` lines of B; by f16 where that is exact.
-    Skinny { m: u32, rn: u32, halves: bool },
+    /// `shaders/matmul_skinny.wgsl`: `m` rows of A, `rn` lines of B; by f16 where that is exact, and then maybe each
+    /// invocation with its own part of A (`shaders/matmul_skinny_own.wgsl`).
+    Skinny { m: u32, rn: u32, halves: bool, own: bool },
     /// `shaders/matmul_join.wgsl`: `bm × bn` outputs.
     Join { bm: u32, bn: u32 },
     /// `shaders/matmul_tensor.wgsl`: subgroups and fragments down and across, and slices of k.
@@ -44,6 +48,55 @@ impl Shape {
             Shape::Tensor { subgroups, fragments, side, .. } => {
                 [subgroups[0] * fragments[0] * side, subgroups[1] * fragments[1] * side]
             }
+        }
+    }
+
+    /// Invocations of a workgroup.
+    pub(super) fn workgroup(self) -> u32 {
+        match self {
+            Shape::Tensor { subgroups: [m, n], slices, .. } => 32 * m * n * slices,
+            Shape::Tile { bm, bn, tm, tn } => bm / tm * (bn / tn),
+            Shape::Skinny { .. } | Shape::Join { .. } => WORKGROUP,
+        }
+    }
+
+    /// Bytes of workgroup memory, at most.
+    fn memory(self, desc: &MatmulDesc, tier: Tier) -> u32 {
+        let segments = if tier == Tier::Exact { segments(desc) } else { 1 };
+        let [bm, bn] = self.outputs();
+        match self {
+            Shape::Tile { .. } => {
+                let words = if tier == Tier::Exact { 8 } else { 16 };
+                4 * ((words * (bm + bn)).max(16 * bn) + segments * (bm + bn))
+            }
+            Shape::Join { .. } => 0,
+            Shape::Skinny { m, rn, own: true, .. } => 256 * m * rn,
+            // Terms, and A's part: at most a word a position.
+            Shape::Skinny { m, rn, halves, .. } => {
+                let words = match (tier, halves) {
+                    (Tier::Exact, true) => 16,
+                    (Tier::Exact, false) => 8,
+                    _ => 32,
+                };
+                128 * (m * rn * segments + m * words + m * segments)
+            }
+            Shape::Tensor { subgroups, side, slices, .. } => {
+                let tile = ((bm + bn) * 5 * 16).max(subgroups[0] * side * bn * 4);
+                slices * tile + if tier == Tier::Exact { 16 * segments * (bm + bn) } else { 0 }
+            }
+        }
+    }
+
+    /// Whether its invocations share loads and stores evenly, as the shaders take for granted.
+    fn is_whole(self) -> bool {
+        let [bm, bn] = self.outputs();
+        match self {
+            Shape::Tensor { slices, .. } => {
+                let step = self.workgroup() / slices / 4;
+                bm.is_multiple_of(step) && bn.is_multiple_of(step)
+            }
+            Shape::Skinny { m, rn, own, .. } => m * rn <= WORKGROUP && (!own || m <= 2),
+            _ => true,
         }
     }
 }
@@ -223,17 +276,35 @@ fn slices(tiles: usize, most: usize) -> usize {
     (least..=(2 * least).min(most)).min_by_key(time).unwrap_or(1)
 }
 
-/// The tile for a problem: what was measured best, by size; see benches/results.
+/// The tile for a problem: what was measured on this device (`tune.rs`), or else what was best elsewhere.
 pub(super) fn shape(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool) -> Shape {
-    let rows = match desc.experts {
-        // Rows of an expert, about.
+    gpu.tuned(desc, tier, sliced).unwrap_or_else(|| usual(gpu, desc, tier, sliced))
+}
+
+/// Rows that share a line of B, about.
+fn rows(desc: &MatmulDesc) -> usize {
+    match desc.experts {
         Some(experts) if !desc.group_k => desc.m.div_ceil(experts),
         _ => desc.m,
-    };
-    let square = match desc.out {
+    }
+}
+
+/// Whether the output is packed, and then whether in squares.
+fn square(desc: &MatmulDesc) -> Option<bool> {
+    match desc.out {
         Output::Mx(out) => Some(out.spec.block.lines() > 1),
         Output::Dense(_) => None,
-    };
+    }
+}
+
+/// Where few rows have kernels of their own.
+fn is_skinny(desc: &MatmulDesc) -> bool {
+    desc.experts.is_none() && square(desc).is_none() && rows(desc) <= SKINNY
+}
+
+/// The tile by size; see benches/results.
+fn usual(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool) -> Shape {
+    let (rows, square) = (rows(desc), square(desc));
     if tier == Tier::Tensor {
         let (by, side) = tensor(Some(gpu), desc).unwrap_or((Fragments::Emulated, 16));
         let tiles =
@@ -241,20 +312,27 @@ pub(super) fn shape(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool) -> S
         let (subgroups, fragments, slices) = match (by, rows) {
             (Fragments::Wgsl, _) if side == 8 => ([2, 2], [4, 4], 1),
             (Fragments::Wgsl, _) => ([2, 2], [2, 2], 1),
-            (_, 0..=SKINNY) if square.is_none() => ([1, 2], [1, 2], 4),
+            // A subgroup alone needs no barriers in its loop; slices of k make a thousand of them.
+            (_, 0..=SKINNY) if square.is_none() => {
+                let subgroups = desc.n.div_ceil(32) * desc.batch * desc.experts.unwrap_or(1);
+                let slices = [2, 4, 8].into_iter().find(|slices| subgroups * slices >= 1024);
+                ([1, 1], [1, 2], slices.unwrap_or(8) as u32)
+            }
             _ if square.is_some() || sliced => ([2, 2], [4, 4], 1),
             // As many subgroups as keep a large device busy, from k where there are few tiles.
             _ if tiles >= WHOLE => ([2, 2], [4, 4], 1),
             _ if tiles >= 100 => ([2, 2], [4, 4], 2),
+            _ if tiles >= 50 => ([2, 2], [2, 2], 1),
             _ => ([2, 2], [2, 2], 2),
         };
         return Shape::Tensor { subgroups, fragments, slices, side, by };
     }
-    if desc.experts.is_none() && square.is_none() && rows <= SKINNY {
+    if is_skinny(desc) {
         let short = segments(desc) == 2;
         let halves = rows <= 4 && tier == Tier::Exact && halves(gpu, desc);
         // Terms and A's part must fit workgroup memory.
         let (m, rn) = match (tier, rows) {
+            (_, 0..=1) if halves && desc.n < 8192 => (1, 16),
             (_, 0..=1) => (1, 32),
             (Tier::Exact, 2) if !short => (2, 32),
             (_, 2) | (Tier::Alu, _) => (2, 16),
@@ -262,7 +340,15 @@ pub(super) fn shape(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool) -> S
             _ if short || halves => (4, 8),
             _ => (8, 8),
         };
-        return Shape::Skinny { m, rn, halves };
+        return Shape::Skinny { m, rn, halves, own: halves && m == 1 };
+    }
+    if let (Tier::Exact, Some(by)) = (tier, exact_fragments(gpu)) {
+        let (subgroups, fragments) = match square {
+            Some(_) => ([2, 2], [4, 4]),
+            None if rows.div_ceil(128) * desc.n.div_ceil(128) * desc.batch < 50 => ([2, 2], [2, 2]),
+            None => ([2, 4], [4, 2]),
+        };
+        return Shape::Tensor { subgroups, fragments, slices: 1, side: 16, by };
     }
     match square {
         Some(false) => Shape::Tile { bm: 64, bn: 128, tm: 4, tn: 8 },
@@ -272,6 +358,120 @@ pub(super) fn shape(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool) -> S
         }
         None => Shape::Tile { bm: 64, bn: 64, tm: 4, tn: 4 },
     }
+}
+
+/// All tiles that the product may take, the usual one first. Any of them gives a right result for any size; in the exact tier
+/// the same one.
+pub(super) fn candidates(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool) -> Vec<Shape> {
+    let usual = usual(gpu, desc, tier, sliced);
+    let mut list = vec![usual];
+    // Packed outputs need whole blocks in a strip; emulated and portable fragments are not worth the choice.
+    if square(desc).is_some() {
+        return list;
+    }
+    let limits = gpu.device.limits();
+    match (usual, tier) {
+        (Shape::Tensor { by: Fragments::Wgsl, .. }, _) => {}
+        (Shape::Tensor { by, side, .. }, _) => {
+            let wide: &[([u32; 2], [u32; 2], &[u32])] = &[
+                ([2, 2], [4, 4], &[1, 2]),
+                ([2, 2], [4, 2], &[1, 2]),
+                ([2, 2], [2, 4], &[1]),
+                ([2, 2], [2, 2], &[1, 2, 4]),
+                ([2, 4], [4, 2], &[1, 2]),
+                ([4, 2], [2, 4], &[1]),
+                ([2, 4], [2, 2], &[1, 2]),
+                ([1, 4], [4, 2], &[1]),
+                ([2, 4], [4, 4], &[1]),
+                ([4, 2], [4, 4], &[1]),
+            ];
+            let narrow: &[([u32; 2], [u32; 2], &[u32])] = &[
+                ([1, 1], [1, 1], &[4, 8]),
+                ([1, 1], [1, 2], &[2, 4, 8]),
+                ([1, 1], [1, 4], &[2, 4, 8]),
+                ([1, 2], [1, 1], &[2, 4]),
+                ([1, 2], [1, 2], &[1, 2, 4]),
+                ([1, 2], [1, 4], &[1, 2, 4]),
+            ];
+            let tiles = if is_skinny(desc) { narrow } else { wide };
+            // The emulation is for tests.
+            let count = if by == Fragments::Emulated { 3 } else { tiles.len() };
+            for (subgroups, fragments, slices) in &tiles[..count] {
+                // The exact tier's additions have an order, and slices that are joined later are enough.
+                let one = tier == Tier::Exact || sliced;
+                for slices in slices.iter().filter(|slices| !one || **slices == 1) {
+                    list.push(Shape::Tensor {
+                        subgroups: *subgroups,
+                        fragments: *fragments,
+                        slices: *slices,
+                        side,
+                        by,
+                    });
+                }
+            }
+        }
+        (Shape::Skinny { halves, .. }, _) => {
+            let most = rows(desc).next_power_of_two() as u32;
+            let sizes = [(1, 16), (1, 32), (1, 64), (2, 16), (2, 32), (4, 8), (4, 16), (8, 8)];
+            for (m, rn) in sizes.into_iter().filter(|(m, _)| *m <= most) {
+                list.push(Shape::Skinny { m, rn, halves: false, own: false });
+                if halves {
+                    list.push(Shape::Skinny { m, rn, halves, own: false });
+                    list.push(Shape::Skinny { m, rn, halves, own: true });
+                }
+            }
+        }
+        _ => {}
+    }
+    // Tiles of ALUs, besides the exact tier's fragments too.
+    if tier != Tier::Tensor && !is_skinny(desc) {
+        for (bm, bn, tm, tn) in [
+            (128, 128, 8, 8),
+            (128, 64, 8, 4),
+            (64, 128, 4, 8),
+            (64, 64, 4, 4),
+            (64, 64, 8, 4),
+            (64, 64, 8, 8),
+            (128, 64, 8, 8),
+            (32, 64, 4, 4),
+        ] {
+            list.push(Shape::Tile { bm, bn, tm, tn });
+        }
+    }
+    let mut seen = Vec::new();
+    list.retain(|shape| {
+        let fits = shape.workgroup()
+            <= limits
+                .max_compute_invocations_per_workgroup
+                .min(limits.max_compute_workgroup_size_x)
+            && shape.memory(desc, tier) <= limits.max_compute_workgroup_storage_size;
+        (*shape == usual || fits && shape.is_whole()) && !seen.contains(shape) && {
+            seen.push(*shape);
+            true
+        }
+    });
+    list
+}
+
+/// How the exact tier's fragments are computed, if they are: f16 holds the integers, and a segment's sum must be exact in a
+/// cooperative matrix's f32, subnormal operands included. NVIDIA's devices are known to keep that.
+fn exact_fragments(gpu: &Gpu) -> Option<Fragments> {
+    let features = gpu.device.features();
+    if !features.contains(wgpu::Features::SHADER_F16) {
+        return None;
+    }
+    if gpu.emulate_tensor {
+        return Some(Fragments::Emulated);
+    }
+    let matrices = features.contains(
+        wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::PASSTHROUGH_SHADERS,
+    );
+    (gpu.caps.vendor == NVIDIA
+        && gpu.caps.backend == "Vulkan"
+        && gpu.caps.subgroups == Some((32, 32))
+        && matrices
+        && gpu.matrices.contains(&[16; 3]))
+    .then_some(Fragments::Spirv)
 }
 
 /// Whether `lib/terms_halves.wgsl` applies: E2M1 under E8M0 on both sides, and f16 with subnormals, which NVIDIA's devices
@@ -296,6 +496,8 @@ pub(super) enum Load {
     Vectors,
     /// 16 bytes at a time across the lines, whole 128 of them, of a transposed dense operand of 16 bits.
     Columns,
+    /// A word of each of the four blocks of 128 positions: what [`Load::Vectors`] takes of E2M1, for the exact tier.
+    Blocks,
 }
 
 /// Elements of eight bits that are floats.
@@ -317,6 +519,11 @@ pub(super) fn load(operand: &Operand, k: usize, outputs: usize) -> Load {
         }
         _ => Load::Words,
     }
+}
+
+/// How the exact tier's fragments read an operand.
+pub(super) fn load_exact(operand: &Operand, k: usize) -> Load {
+    if wide(operand, k) { Load::Blocks } else { Load::Words }
 }
 
 /// Whether an operand's lines are whole vectors of 128 codes of E2M1 under scales of at least 32: loaded 16 bytes at a time.
