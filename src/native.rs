@@ -63,6 +63,8 @@ pub struct Libraries {
     pub nvrtc: Option<PathBuf>,
     /// `libamdhip64.so`: `MICROSCALING_HIP`.
     pub hip: Option<PathBuf>,
+    /// `libhiprtc.so`: `MICROSCALING_HIPRTC`.
+    pub hiprtc: Option<PathBuf>,
     /// `libhipblaslt.so`: `MICROSCALING_HIPBLASLT`.
     pub hipblaslt: Option<PathBuf>,
 }

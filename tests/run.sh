@@ -141,7 +141,7 @@ step "lints without default features" cargo clippy --no-default-features --lib -
 step "documentation" env RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --all-features
 step "tests (${#drivers[@]} software drivers)" cargo test --all-features
 # Built as a program above, which the tests run; here its own.
-step "tests of the train example" cargo test --example train
+step "tests of the train example" cargo test --all-features --example train
 
 if [ ${#drivers[@]} -gt 0 ] && [ -n "$(layer)" ]; then
     # The layer comes without its manifest.
@@ -165,7 +165,7 @@ if [ ${#drivers[@]} -gt 0 ] && [ -n "$(layer)" ]; then
 }
 EOF
     step "tests under the validation layer" \
-        env VK_LAYER_PATH="$scratch" MX_TEST_VALIDATION=require cargo test --test kernels -- digests_are
+        env VK_LAYER_PATH="$scratch" MX_TEST_VALIDATION=require cargo test --all-features --test kernels -- digests_are
 fi
 
 # Compilers for GPUs that are not here, from PyPI; kept until the list of them changes.

@@ -57,7 +57,7 @@ pub(crate) fn open(libraries: &Libraries, wanted: &Wanted) -> Vec<Opened> {
             }
         }
     }
-    all.push(match kernel::open(&driver) {
+    all.push(match kernel::open(libraries, &driver) {
         Ok(route) => Ok(Arc::new(route)),
         Err(reason) => Err((kernel::NAME, reason)),
     });

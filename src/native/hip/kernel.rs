@@ -3,20 +3,20 @@
 use std::sync::{Arc, OnceLock};
 
 use super::driver::Driver;
-use crate::native::Runtime;
 use crate::native::kernel::{Compiler, Route};
 use crate::native::load::Library;
+use crate::native::{Libraries, Runtime};
 
 /// The route's name.
 pub(crate) const NAME: &str = "hip-mxfp4";
 
-pub(crate) fn open(driver: &Arc<Driver>) -> Result<Route<Driver>, String> {
+pub(crate) fn open(libraries: &Libraries, driver: &Arc<Driver>) -> Result<Route<Driver>, String> {
     let names: &[&str] = if cfg!(windows) {
         &["hiprtc0700.dll", "hiprtc.dll"]
     } else {
         &["libhiprtc.so.7", "libhiprtc.so", "/opt/rocm/lib/libhiprtc.so"]
     };
-    let library = Library::open(None, "MICROSCALING_HIPRTC", names)?;
+    let library = Library::open(libraries.hiprtc.as_deref(), "MICROSCALING_HIPRTC", names)?;
     let runtime: Arc<dyn Runtime> = Arc::<Driver>::clone(driver);
     Ok(Route {
         name: NAME,
