@@ -10,13 +10,13 @@
 //!    (see [`crate::kernels::matmul`]), into memory that the library sees too. A block that the packing cannot hold exactly
 //!    raises a flag there; nothing is clamped.
 //! 3. What was recorded is submitted, the library waits for it, multiplies into f32 sums `[m, n]`, and what is recorded next
-//!    waits for the library ([`share`]). On Vulkan both orders are values of one timeline semaphore and no byte passes through
+//!    waits for the library (`share.rs`). On Vulkan both orders are values of one timeline semaphore and no byte passes through
 //!    the host; where memory or semaphores cannot be shared, the operands and sums are copied through it, and counted
 //!    ([`Traffic`]).
 //! 4. The epilogue of the other tiers makes y from the sums: anchors, alpha, tensor-wide scales, beta, bias, output type. It
 //!    runs only if no flag was raised; otherwise the next tier's kernel does, decided on the device, and is counted.
 //!
-//! Before its first product on a device every route runs a known-answer test ([`selftest`]); a mismatch disables it.
+//! Before its first product on a device every route runs a known-answer test (`selftest.rs`); a mismatch disables it.
 //!
 //! **Bounded**, as the tensor tier, with the accumulation that the route states ([`Accumulation`]).
 

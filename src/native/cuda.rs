@@ -8,7 +8,7 @@
 //! | `cublaslt-mxfp8` | E4M3 under E8M0 | f32 | a heuristic that takes `VEC32_UE8M0` scales: sm_100 and later |
 //! | `cublaslt-fp8` | E2M1, E2M3, E3M2 or E4M3 under E8M0, as E4M3 relative to the line's anchor | fewer bits | a heuristic that takes FP8: sm_89 and later |
 //!
-//! [`driver`], [`cudnn`] and [`cublaslt`] call functions by pointers that [`crate::native::load`] checked one by one; types and constants
+//! `driver`, `cudnn` and `cublaslt` call functions by pointers that were checked one by one; types and constants
 //! are cudarc's, made from NVIDIA's headers. Statuses are numbers here, not Rust enums: a newer library may return one that
 //! this build does not know.
 
