@@ -93,6 +93,9 @@ struct Args {
     /// Save a checkpoint when the last one is so old; at the end of a run in any case
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     save_every: u64,
+    /// Train nothing: one table, and one report in --out, of these runs' metrics.jsonl
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    report: Vec<PathBuf>,
     /// Say where the time of a step goes, kernel by kernel, after a few steps of the first arm, and leave
     #[arg(long)]
     profile: bool,
@@ -150,6 +153,9 @@ fn run() -> Result<()> {
     if let Some(name) = &args.show_recipe {
         print!("{}", Recipe::preset(name)?.to_toml()?);
         return Ok(());
+    }
+    if !args.report.is_empty() {
+        return report_on(&args.report, &args.out);
     }
     let mut recipes: Vec<Recipe> =
         args.arms.iter().map(|name| Recipe::preset(name)).collect::<Result<_, _>>()?;
@@ -350,6 +356,28 @@ fn run() -> Result<()> {
         true => Ok(()),
         false => Err(format!("diverged: {}", diverged.join(", ")).into()),
     }
+}
+
+/// One table and one report of what several runs measured; the first arm is the baseline.
+fn report_on(files: &[PathBuf], out: &Path) -> Result<()> {
+    let mut records = Vec::new();
+    for file in files {
+        records.extend(metrics::read(file)?);
+    }
+    let Some(baseline) = records.first().map(|record| record.arm.clone()) else {
+        return Err("--report: these files hold no lines".into());
+    };
+    let names: Vec<_> = files.iter().map(|file| file.display().to_string()).collect();
+    let header = report::Header {
+        title: "Runs side by side".into(),
+        facts: vec![("files".into(), names.join(", "))],
+        baseline,
+    };
+    std::fs::create_dir_all(out).map_err(|error| format!("{}: {error}", out.display()))?;
+    let path = out.join("report.html");
+    report::write(&path, &header, &records)?;
+    println!("{}\nreport: {}", report::table(&records, &header.baseline), path.display());
+    Ok(())
 }
 
 /// Steps at the end of a run in bf16 whose tensors are measured.
