@@ -73,7 +73,8 @@ pub struct Options {
     /// Where the native routes' libraries are, if not where the system looks.
     pub libraries: crate::native::Libraries,
     /// Products of fewer multiply-adds (m · n · k) go through a native route only by name, because handing over to another
-    /// driver takes longer than they do: 2³⁶, 4096³, unless said otherwise ([`crate::native::SMALLEST`]).
+    /// driver takes longer than they do: 2³⁶, 4096³, unless said otherwise ([`crate::native::SMALLEST`]). With 0 also routes are chosen
+    /// for which the host waits or copies, because memory or a semaphore is not shared: otherwise those go only by name too.
     pub native_from: Option<u64>,
 }
 
@@ -197,8 +198,8 @@ impl Context {
         Ok(Context { engine: Arc::new(Engine::Gpu(Box::new(gpu))) })
     }
 
-    /// Works on the caller's device. Nothing is submitted or blocked on but by the functions that say so, and the
-    /// device's callbacks stay the caller's. [`Caps::useful_features`] says what to open the device with.
+    /// Works on the caller's device. Nothing is submitted or blocked on but by the functions that say so, and by products in
+    /// [`crate::Tier::Native`] (see [`Stream`]); the device's callbacks stay the caller's. [`Caps::useful_features`] says what to open the device with.
     pub fn from_wgpu(device: wgpu::Device, queue: wgpu::Queue, adapter: &wgpu::Adapter) -> Context {
         let gpu = Gpu::new(device, queue, adapter, false, false);
         Context { engine: Arc::new(Engine::Gpu(Box::new(gpu))) }
@@ -493,6 +494,10 @@ pub(crate) fn cpu_threads() -> usize {
 }
 
 /// A recording. On a GPU it holds dispatches until it is submitted; on the CPU it runs them at once.
+///
+/// A product in [`crate::Tier::Native`] submits what was recorded so far, and itself, when it is recorded. It waits for the
+/// device where its buffers have to grow, where no semaphore is shared with the library, and where bytes go through the host.
+/// Dropping the stream does not take back what was submitted.
 #[derive(Debug)]
 pub struct Stream<'a> {
     ctx: Context,

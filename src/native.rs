@@ -50,7 +50,7 @@ use std::time::Duration;
 use crate::formats::MxSpec;
 
 /// Where the libraries are, if not where the system looks: a path that is tried alone. An empty path stands for none. What is
-/// not set here is read from the environment when a context is opened: `MICROSCALING_CUDA` and so on.
+/// not set here is read from the environment when a context first asks for its native routes: `MICROSCALING_CUDA` and so on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Libraries {
     /// The CUDA driver, `libcuda.so.1`.
@@ -102,7 +102,7 @@ pub struct Packing {
     pub codes: Codes,
     /// Their scales, if the route takes any.
     pub scales: Option<Scales>,
-    /// Lines are padded to a multiple of this.
+    /// Lines are padded to a multiple of this; 0 stands for 1, also in the others.
     pub lines: usize,
     /// Positions of k are padded to a multiple of this, itself one of 32.
     pub k: usize,
@@ -156,7 +156,7 @@ pub enum ScaleLayout {
 impl Packing {
     /// Lines and positions of k with the padding.
     pub fn padded(&self, lines: usize, k: usize) -> [usize; 2] {
-        [lines.next_multiple_of(self.lines), k.next_multiple_of(self.k)]
+        [lines.next_multiple_of(self.lines.max(1)), k.next_multiple_of(self.k.max(1))]
     }
 
     /// Bytes of the codes of so many lines and positions.
@@ -172,7 +172,7 @@ impl Packing {
     pub fn scale_shape(&self, lines: usize, k: usize) -> [usize; 2] {
         let Some(scales) = self.scales else { return [0; 2] };
         let [lines, k] = self.padded(lines, k);
-        scales.layout.padded([lines, k / scales.group])
+        scales.layout.padded([lines, k.div_ceil(scales.group.max(1))])
     }
 
     /// The power of two that a packed value is too large by, relative to the anchor.
@@ -286,8 +286,8 @@ pub trait Runtime: std::fmt::Debug + Send + Sync {
     /// Waits for the queue.
     fn synchronize(&self) -> Result<(), String>;
 
-    /// What went wrong in the queue since, without waiting.
-    fn check(&self) -> Result<(), String>;
+    /// Whether all in the queue is done, or what went wrong in it, without waiting.
+    fn check(&self) -> Result<bool, String>;
 }
 
 /// Bytes that native products of a context moved through the host, because memory could not be shared, and others.
@@ -340,4 +340,19 @@ pub struct Report {
     pub traffic: Traffic,
     /// Products that a route's format could not hold exactly, and that the next tier computed.
     pub recomputed: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paddings_of_zero_are_one() {
+        let scales = Scales { format: RouteScale::E8m0, group: 0, layout: ScaleLayout::Rows };
+        let packing = Packing { codes: Codes::Same, scales: Some(scales), lines: 0, k: 0 };
+        assert_eq!(packing.padded(3, 32), [3, 32]);
+        assert_eq!(packing.scale_shape(3, 32), [3, 32]);
+        let x = crate::formats::MxTensor::quantize(&[1.0; 96], 3, 32, &Default::default()).unwrap();
+        assert!(crate::kernels::native_pack::pack(&x, &packing).is_ok());
+    }
 }

@@ -38,6 +38,9 @@ const STANDINS: &[(&str, Test)] = &[
     ("a_failing_queue_is_a_lost_device", lost_queue),
     ("recordings_into_a_host_encoder_are_declined", host_encoder),
     ("two_recordings_at_once", interleaved),
+    ("a_stream_of_another_context_is_declined", foreign_stream),
+    ("a_disabled_route_takes_nothing_more", disabled_meanwhile),
+    ("out_of_memory_is_one_products_loss", out_of_memory),
 ];
 
 /// On NVIDIA devices, with NVIDIA's libraries.
@@ -346,7 +349,10 @@ fn absent_libraries(adapter: &wgpu::Adapter) -> Result<(), Failed> {
 fn incomplete_libraries(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     let lt = standin("cublaslt", &[])?;
     let lacking = standin("cuda", &["no_memcpy"])?;
-    falls_back(&open(adapter, &lacking.path, &lt.path)?, &["has no function cuMemcpyHtoD_v2"])?;
+    falls_back(
+        &open(adapter, &lacking.path, &lt.path)?,
+        &["has no function cuMemcpyHtoDAsync_v2"],
+    )?;
     let cuda = standin("cuda", &[])?;
     identify(adapter, &cuda)?;
     cuda.set(2, 11000)?;
@@ -417,8 +423,14 @@ fn heuristic_decides(adapter: &wgpu::Adapter) -> Result<(), Failed> {
         "{}",
         small.why()
     );
+    // Nor is one for which the host waits: stand-ins share no semaphore.
     let large = MatmulDesc { m: 4096, n: 4096, k: 4096, ..desc(&operands, Tier::Auto) };
-    assert_eq!(Matmul::new(&careful, &large)?.tier(), Tier::Native);
+    let large = Matmul::new(&careful, &large)?;
+    assert!(
+        large.tier() != Tier::Native && large.why().contains("only by name"),
+        "{}",
+        large.why()
+    );
     assert_eq!(Matmul::new(&careful, &desc(&operands, Tier::Native))?.tier(), Tier::Native);
     lt.set(0, 1)?;
     // Formats and shapes that no route takes.
@@ -768,7 +780,82 @@ fn lost_queue(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     multiply(&ctx, &native, &operands)?;
     cuda.set(3, 700)?;
     let error = multiply(&ctx, &native, &operands).unwrap_err();
-    says(&error, &["CUDA_ERROR_ILLEGAL_ADDRESS"])
+    says(&error, &["CUDA_ERROR_ILLEGAL_ADDRESS"])?;
+    // Nothing of wgpu's waited for it: other tiers go on, and no route of that driver's is chosen again.
+    let auto = desc(&operands, Tier::Auto);
+    assert_ne!(Matmul::new(&ctx, &auto)?.tier(), Tier::Native);
+    check(&multiply(&ctx, &auto, &operands)?, &reference(&operands), TENSOR)?;
+    assert!(reason(&report(&ctx)?, "cublaslt-fp8")?.contains("ILLEGAL_ADDRESS"));
+    // A queue that fails in the known-answer test disables the routes, not the device.
+    let (ctx, cuda, _lt) = opened(adapter, &[])?;
+    cuda.set(3, 700)?;
+    assert_ne!(Matmul::new(&ctx, &auto)?.tier(), Tier::Native);
+    check(&multiply(&ctx, &auto, &operands)?, &reference(&operands), TENSOR)?;
+    Ok(())
+}
+
+/// A product recorded for another context of the same adapter.
+fn foreign_stream(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let ((ctx, _cuda, lt), (other, _cuda2, lt2)) = (opened(adapter, &[])?, opened(adapter, &[])?);
+    lt.set(0, 4)?;
+    lt2.set(0, 4)?;
+    let operands = operands([40, 24, 96], [MXFP4; 2], 16)?;
+    for tier in [Tier::Auto, Tier::Native] {
+        let matmul = Matmul::new(&ctx, &desc(&operands, tier))?;
+        assert_eq!(matmul.tier(), Tier::Native);
+        let [a, b] = [other.upload_mx(&operands[0])?, other.upload_mx(&operands[1])?];
+        let mut y = other.zeros(DType::F32, 40, 24)?;
+        let mut stream = other.stream();
+        let recorded = matmul.record(&mut stream, &a, &b, &mut y);
+        if tier == Tier::Native {
+            says(&recorded.unwrap_err(), &["another device"])?;
+            continue;
+        }
+        recorded?;
+        other.submit(stream)?;
+        let got: Vec<f32> = bytemuck::pod_collect_to_vec(&other.read_blocking(&y)?);
+        check(&got, &reference(&operands), TENSOR)?;
+    }
+    Ok(())
+}
+
+/// What was chosen before its route failed declines after.
+fn disabled_meanwhile(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let (ctx, _cuda, lt) = opened(adapter, &[])?;
+    lt.set(0, 4)?;
+    let operands = operands([40, 24, 96], [MXFP4; 2], 17)?;
+    let [first, second] = [
+        Matmul::new(&ctx, &desc(&operands, Tier::Native))?,
+        Matmul::new(&ctx, &desc(&operands, Tier::Native))?,
+    ];
+    let [a, b] = [ctx.upload_mx(&operands[0])?, ctx.upload_mx(&operands[1])?];
+    let mut y = ctx.zeros(DType::F32, 40, 24)?;
+    lt.set(1, 0)?;
+    says(&first.record(&mut ctx.stream(), &a, &b, &mut y).unwrap_err(), &["status 13"])?;
+    let calls = lt.log()?.len();
+    says(&second.record(&mut ctx.stream(), &a, &b, &mut y).unwrap_err(), &["status 13"])?;
+    assert_eq!(lt.log()?.len(), calls);
+    Ok(())
+}
+
+/// Memory that the driver does not give is one product's loss.
+fn out_of_memory(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let (ctx, cuda, lt) = opened(adapter, &[])?;
+    lt.set(0, 4)?;
+    let small = operands([40, 24, 96], [MXFP4; 2], 18)?;
+    check(&multiply(&ctx, &desc(&small, Tier::Auto), &small)?, &reference(&small), ROUNDED)?;
+    let before = report(&ctx)?;
+    cuda.set(5, 2)?;
+    cuda.set(6, 2)?;
+    let large = operands([320, 200, 96], [MXFP4; 2], 18)?;
+    check(&multiply(&ctx, &desc(&large, Tier::Auto), &large)?, &reference(&large), TENSOR)?;
+    let error = multiply(&ctx, &desc(&large, Tier::Native), &large).unwrap_err();
+    says(&error, &["CUDA error 2"])?;
+    cuda.set(5, 0)?;
+    cuda.set(6, 0)?;
+    check(&multiply(&ctx, &desc(&large, Tier::Native), &large)?, &reference(&large), ROUNDED)?;
+    assert_eq!(report(&ctx)?.sharing, before.sharing);
+    Ok(())
 }
 
 fn host_encoder(adapter: &wgpu::Adapter) -> Result<(), Failed> {

@@ -412,7 +412,7 @@ fn other_formats(bench: &Bench) -> Result<(), Failed> {
 }
 
 fn missing_functions(bench: &Bench) -> Result<(), Failed> {
-    for name in ["hipInit", "hipMemcpy", "hipGetErrorName", "hipDeviceGetPCIBusId"] {
+    for name in ["hipInit", "hipMemcpyAsync", "hipGetErrorName", "hipDeviceGetPCIBusId"] {
         let standin = bench.standin(&[name]);
         let ctx = bench.open(&standin);
         contains(&bench.reasons(&ctx), &format!("has no function {name}"))?;

@@ -34,10 +34,13 @@ pub fn gather(
     describe(found, &mut say);
     let products = FORMATS
         .iter()
-        .map(|(name, specs)| product(ctx, name, *specs, &mut say))
-        .collect::<Result<Vec<_>>>()?;
+        .map(|(name, specs)| kept("operands", json!(name), product(ctx, name, *specs, &mut say)))
+        .collect::<Vec<_>>();
     let sides = if quick { &SIDES[..1] } else { &SIDES[..] };
-    let rates = sides.iter().map(|side| rate(ctx, *side, &mut say)).collect::<Result<Vec<_>>>()?;
+    let rates = sides
+        .iter()
+        .map(|side| kept("side", json!(side), rate(ctx, *side, &mut say)))
+        .collect::<Vec<_>>();
     let after = pollster::block_on(ctx.native())?;
     let traffic = after.traffic;
     say(format!(
@@ -69,6 +72,11 @@ pub fn gather(
             "recomputed": after.recomputed,
         },
     }))
+}
+
+/// What was measured, or why it could not be: one failure does not cost the others' results.
+fn kept(what: &str, of: Value, measured: Result<Value>) -> Value {
+    measured.unwrap_or_else(|error| json!({ what: of, "error": error.to_string() }))
 }
 
 /// Writes what was gathered, whole or not at all.

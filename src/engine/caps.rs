@@ -255,7 +255,8 @@ impl Caps {
 }
 
 /// Whether this build has a vendor's native routes, and whether its driver is here. It is loaded, no more: opening a device
-/// and asking its libraries takes long; [`Caps::with_native`] has the answers of a context that did.
+/// and asking its libraries takes long; [`Caps::with_native`] has the answers of a context that did. It is looked for where
+/// the environment or the system says: an adapter knows nothing of [`crate::Options::libraries`].
 fn native() -> [Capability; 2] {
     [("native-cuda", "cuda", cfg!(feature = "cuda")), ("native-hip", "hip", cfg!(feature = "hip"))]
         .map(|(name, feature, built)| match driver(feature) {

@@ -8,6 +8,10 @@ use super::shader::{Binding, Kernel};
 use crate::kernels::matmul::Table;
 use crate::{Error, Result};
 
+/// How often a library's queue is looked at while wgpu's is waited for.
+#[cfg(not(target_arch = "wasm32"))]
+const WATCH: std::time::Duration = std::time::Duration::from_millis(1);
+
 /// Transfers go through host memory in pieces of at most this size.
 const TRANSFER_BYTES: u64 = 64 << 20;
 
@@ -109,6 +113,12 @@ impl Gpu {
     #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
     pub(crate) fn opened_native(&self) -> Option<&crate::native::registry::Registry> {
         self.native.get()
+    }
+
+    /// Whether the device is lost, and why.
+    #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
+    pub(crate) fn lost(&self) -> &Arc<Mutex<Option<String>>> {
+        &self.lost
     }
 
     /// Notes that the device is lost.
@@ -271,21 +281,36 @@ impl Gpu {
 
     /// Awaits a callback of the device's. Natively somebody has to poll the device: this future does, without
     /// blocking, whenever it is polled itself.
-    pub(crate) async fn wait<T: Unpin>(&self, mut future: impl Future<Output = T> + Unpin) -> T {
-        std::future::poll_fn(|cx| {
-            // An error here means a lost device, which cancels the callback.
-            let _ = self.device.poll(wgpu::PollType::Poll);
-            let state = std::pin::Pin::new(&mut future).poll(cx);
+    pub(crate) async fn wait<T: Unpin>(&self, future: impl Future<Output = T> + Unpin) -> T {
+        self.wait_watching(future, || {
             // What the queue waits for may never come.
             #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
-            if let (true, Some(native)) = (state.is_pending(), self.opened_native()) {
-                if let Err(error) = native.check() {
-                    self.lose(error);
-                    native.release();
-                }
+            if let Some(native) = self.opened_native() {
+                native.watch(self);
             }
+        })
+        .await
+    }
+
+    /// The same, calling `watch` every now and then.
+    #[cfg_attr(target_arch = "wasm32", allow(unused_mut, unused_variables))]
+    pub(crate) async fn wait_watching<T: Unpin>(
+        &self,
+        mut future: impl Future<Output = T> + Unpin,
+        mut watch: impl FnMut(),
+    ) -> T {
+        #[cfg(not(target_arch = "wasm32"))]
+        let mut watched = None::<std::time::Instant>;
+        std::future::poll_fn(|cx| {
+            // Without a limit there is no error to return: a lost device cancels the callback.
+            let _ = self.device.poll(wgpu::PollType::Poll);
+            let state = std::pin::Pin::new(&mut future).poll(cx);
             #[cfg(not(target_arch = "wasm32"))]
             if state.is_pending() {
+                if watched.is_none_or(|at| at.elapsed() >= WATCH) {
+                    watch();
+                    watched = Some(std::time::Instant::now());
+                }
                 std::thread::yield_now();
                 cx.waker().wake_by_ref();
             }

@@ -465,7 +465,7 @@ impl Matmul {
         self.check(stream.context(), a, b, &y, extras)?;
         #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
         if let (Some(native), true) = (&self.native, stream.gpu().is_some()) {
-            let recorded = native.record(&self.desc, stream, a, b, y.reborrow(), extras)?;
+            let recorded = native.record(&self.desc, stream, a, b, y.reborrow(), extras, None)?;
             let Err(refused) = recorded else { return Ok(()) };
             let name = native.entry.route.name();
             let reason = match refused {

@@ -128,6 +128,7 @@ pub fn pack(x: &MxTensor, packing: &Packing) -> Result<HostPacked> {
     }
     let mut scales = Vec::new();
     if let Some(Scales { format, group, layout: order }) = packing.scales {
+        let group = group.max(1);
         let [rows, groups] = packing.scale_shape(lines, k);
         scales = vec![0u8; (rows * groups).next_multiple_of(4)];
         for line in 0..lines {

@@ -29,6 +29,8 @@ pub(crate) struct Entry {
     pub(crate) route: Arc<dyn NativeRoute>,
     pub(crate) share: Arc<Mutex<Share>>,
     state: Mutex<RouteState>,
+    /// Why the route is of no use any more. Apart from the state, which is locked while the test runs.
+    disabled: Mutex<Option<String>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -42,7 +44,13 @@ impl Entry {
 
     pub(crate) fn disable(&self, reason: String) {
         log::warn!("native route {}: {reason}", self.route.name());
-        *lock(&self.state) = RouteState::Disabled(reason);
+        lock(&self.disabled).get_or_insert(reason);
+    }
+
+    /// Why no product may go through the route any more.
+    pub(crate) fn disabled(&self) -> Option<String> {
+        let disabled = lock(&self.disabled).clone();
+        disabled.or_else(|| self.share().dead().map(String::from))
     }
 
     /// Runs the known-answer test if it has not run, and says whether the route may be used.
@@ -61,7 +69,15 @@ impl Entry {
         }
         match &*state {
             RouteState::Disabled(reason) => Err(reason.clone()),
-            _ => Ok(()),
+            _ => self.disabled().map_or(Ok(()), Err),
+        }
+    }
+
+    /// Why only a product by name goes through the route, if it adds up well enough.
+    fn slow(&self) -> Result<(), String> {
+        match self.share().slow() {
+            Some(reason) => Err(format!("{reason}: so only by name")),
+            None => Ok(()),
         }
     }
 }
@@ -94,7 +110,8 @@ impl Registry {
                         },
                     };
                     let state = Mutex::new(RouteState::Untested);
-                    registry.entries.push(Arc::new(Entry { route, share, state }));
+                    let disabled = Mutex::default();
+                    registry.entries.push(Arc::new(Entry { route, share, state, disabled }));
                 }
             }
         }
@@ -102,12 +119,13 @@ impl Registry {
     }
 
     /// The first route that takes the problem and passed its test, or what each one says. `any`: also those that add up in
-    /// fewer bits.
+    /// fewer bits. `slow`: also those for which the host waits or copies.
     pub(crate) fn choose(
         &self,
         ctx: &Context,
         problem: &Problem,
         any: bool,
+        slow: bool,
     ) -> Result<(Arc<Entry>, [Packing; 2]), String> {
         let mut reasons = Vec::new();
         for entry in &self.entries {
@@ -116,7 +134,14 @@ impl Registry {
                 reasons.push(format!("{name}: adds up in fewer bits than f32, so only by name"));
                 continue;
             }
-            match entry.route.accepts(problem).and_then(|p| entry.ready(ctx).map(|()| p)) {
+            let fast = || if slow { Ok(()) } else { entry.slow() };
+            // That memory is not shared may show only in the test.
+            let taken = entry.route.accepts(problem).and_then(|packings| {
+                fast()?;
+                entry.ready(ctx)?;
+                fast().map(|()| packings)
+            });
+            match taken {
                 Ok(packings) => return Ok((Arc::clone(entry), packings)),
                 Err(reason) => reasons.push(format!("{name}: {reason}")),
             }
@@ -161,23 +186,14 @@ impl Registry {
         report
     }
 
-    /// What went wrong in a library's queue; nothing while a product is being handed over.
-    pub(crate) fn check(&self) -> Result<(), String> {
+    /// Looks after the libraries' queues while somebody waits for wgpu's. Who is handing a product over looks after its own.
+    pub(crate) fn watch(&self, gpu: &Gpu) {
         for share in &self.shares {
-            let share = match share.try_lock() {
-                Ok(share) => share,
-                Err(TryLockError::Poisoned(share)) => share.into_inner(),
-                Err(TryLockError::WouldBlock) => continue,
-            };
-            share.check()?;
-        }
-        Ok(())
-    }
-
-    /// After a failure: lets wgpu's queue go on.
-    pub(crate) fn release(&self) {
-        for share in self.shares.iter().filter_map(|share| share.try_lock().ok()) {
-            share.release();
+            match share.try_lock() {
+                Ok(mut share) => share.watch(gpu),
+                Err(TryLockError::Poisoned(share)) => share.into_inner().watch(gpu),
+                Err(TryLockError::WouldBlock) => {}
+            }
         }
     }
 
@@ -194,7 +210,10 @@ impl Registry {
             details.extend(entry.route.runtime().describe());
             report.routes.push(RouteReport {
                 name: entry.route.name().into(),
-                state: lock(&entry.state).clone(),
+                state: match entry.disabled() {
+                    Some(reason) => RouteState::Disabled(reason),
+                    None => lock(&entry.state).clone(),
+                },
                 accumulation: Some(entry.route.accumulation()),
                 details,
             });

@@ -8,7 +8,8 @@
 //!
 //! Without the semaphore the host waits for each side; without the memory, operands and sums go through the host.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
 
 use ash::vk;
 
@@ -37,6 +38,12 @@ pub(crate) struct Share {
     pub(crate) traffic: Traffic,
     /// Whether the library may still be at work on the buffers.
     busy: bool,
+    /// Whether memory was imported once: then a failure passes, and does not mean that memory cannot be shared.
+    imported: bool,
+    /// Why the library's queue is of no use any more.
+    dead: Option<String>,
+    /// The device's: whether it is lost.
+    lost: Arc<Mutex<Option<String>>>,
 }
 
 #[derive(Debug)]
@@ -46,6 +53,10 @@ struct Timeline {
     semaphore: vk::Semaphore,
     /// The last value that anyone was told to wait for.
     value: u64,
+    /// Values that wgpu's queue waits for, in ascending order: the library owes them.
+    owed: VecDeque<u64>,
+    /// Whether the device is lost: it can be waited for no more.
+    lost: bool,
 }
 
 /// A buffer that both see, or a pair that is copied.
@@ -85,11 +96,33 @@ impl Share {
             arguments,
             traffic: Traffic::default(),
             busy: false,
+            imported: false,
+            dead: None,
+            lost: Arc::clone(gpu.lost()),
         })
     }
 
     pub(crate) fn flags(&self) -> &wgpu::Buffer {
         &self.flags
+    }
+
+    /// The device whose buffers these are.
+    pub(crate) fn device(&self) -> &wgpu::Device {
+        &self.device
+    }
+
+    /// Why the library's queue is of no use any more.
+    pub(crate) fn dead(&self) -> Option<&str> {
+        self.dead.as_deref()
+    }
+
+    /// What a product has to wait for that it would not in another tier.
+    pub(crate) fn slow(&self) -> Option<String> {
+        match (&self.copied, &self.timeline) {
+            (Some(reason), _) => Some(format!("operands go through the host: {reason}")),
+            (None, Err(reason)) => Some(format!("the host waits for each side: {reason}")),
+            (None, Ok(_)) => None,
+        }
     }
 
     /// How memory is shared and work ordered.
@@ -120,7 +153,7 @@ impl Share {
                     out.push(buffer);
                     role += 1;
                 }
-                Err(Error::Gpu(reason)) if self.copied.is_none() => {
+                Err(Error::Gpu(reason)) if self.copied.is_none() && !self.imported => {
                     log::warn!("native routes: operands go through the host: {reason}");
                     self.idle(gpu)?;
                     for old in self.buffers.iter_mut().filter_map(Option::take) {
@@ -167,24 +200,54 @@ impl Share {
 
     /// Waits until neither side works on the buffers.
     fn idle(&mut self, gpu: &Gpu) -> Result<()> {
-        wait(gpu)?;
+        // The device's queue waits for the library's: which may fail meanwhile, and nobody else can look, since the caller
+        // holds the lock.
+        wait(gpu, || self.watch(gpu))?;
         if self.busy {
-            self.runtime.synchronize().map_err(Error::Gpu)?;
+            if let Err(error) = self.runtime.synchronize() {
+                self.fail(gpu, error);
+                gpu.check()?;
+            }
             self.busy = false;
         }
         Ok(())
     }
 
+    /// Looks after the library's queue while somebody waits for the device's.
+    pub(crate) fn watch(&mut self, gpu: &Gpu) {
+        if self.dead.is_some() {
+            self.release(0);
+        } else if self.busy {
+            match self.runtime.check() {
+                Ok(done) => self.busy = !done,
+                Err(error) => self.fail(gpu, error),
+            }
+        }
+    }
+
+    /// The library's queue failed with products in it: what was computed from their sums is wrong, also in recordings that
+    /// follow, so the device is given up.
+    fn fail(&mut self, gpu: &Gpu, error: String) {
+        gpu.lose(error.clone());
+        self.dead = Some(error);
+        self.release(0);
+    }
+
     /// Submits what was recorded, lets `run` put a product into the library's queue behind it, and makes what is recorded from
-    /// here on wait for that. `operands`: bytes of each buffer that the library reads; `sums`: that it writes.
+    /// here on wait for that. `operands`: bytes of each buffer that the library reads; `sums`: that it writes. `alone`: waits for
+    /// the library before anything of wgpu's does, so that its failure hurts nobody else.
     pub(crate) fn hand_over(
         &mut self,
         gpu: &Gpu,
         stream: &mut Stream<'_>,
         operands: [u64; ROLES - 1],
         sums: u64,
+        alone: bool,
         run: impl FnOnce() -> std::result::Result<(), String>,
     ) -> Result<std::result::Result<(), String>> {
+        if let Some(reason) = &self.dead {
+            return Ok(Err(reason.clone()));
+        }
         stream.submit_so_far()?;
         self.busy = true;
         let done = match &mut self.timeline {
@@ -194,13 +257,26 @@ impl Share {
                 timeline.value = value;
                 let semaphore = timeline.semaphore;
                 self.queue(gpu, |queue| queue.add_signal_semaphore(semaphore, Some(value - 1)))?;
-                gpu.checked("submit", 0, || gpu.queue.submit([]))?;
-                let queued = self
+                if let Err(error) = gpu.checked("submit", 0, || gpu.queue.submit([])) {
+                    self.queue(gpu, |queue| {
+                        queue.remove_signal_semaphore(semaphore);
+                    })?;
+                    return Err(error);
+                }
+                let mut queued = self
                     .runtime
                     .wait(value - 1)
                     .and_then(|()| run())
                     .and_then(|()| self.runtime.signal(value));
+                if alone && queued.is_ok() {
+                    queued = self.runtime.synchronize();
+                    self.dead = queued.clone().err();
+                    self.busy = false;
+                }
                 if queued.is_ok() {
+                    if let Ok(timeline) = &mut self.timeline {
+                        timeline.owe(value);
+                    }
                     let stages = vk::PipelineStageFlags::ALL_COMMANDS;
                     self.queue(gpu, |queue| {
                         queue.add_wait_semaphore(semaphore, Some(value), stages);
@@ -210,12 +286,19 @@ impl Share {
             }
             Err(_) => {
                 self.traffic.host_waits += 1;
-                wait(gpu)?;
-                if self.copied.is_none() {
-                    run().and_then(|()| self.runtime.synchronize())
+                wait(gpu, || ())?;
+                let done = if self.copied.is_none() {
+                    run()
                 } else {
                     self.through_the_host(gpu, operands, sums, run)?
-                }
+                };
+                // Nothing of wgpu's waits for the library: its failure is this product's alone.
+                self.busy = false;
+                done.and_then(|()| {
+                    let done = self.runtime.synchronize();
+                    self.dead = done.clone().err();
+                    done
+                })
             }
         };
         if done.is_ok() {
@@ -269,34 +352,22 @@ impl Share {
         }
     }
 
-    /// What went wrong in the library's queue.
-    pub(crate) fn check(&self) -> std::result::Result<(), String> {
-        if self.busy { self.runtime.check() } else { Ok(()) }
-    }
-
-    /// Lets the device's queue go on whose wait will never end.
-    pub(crate) fn release(&self) {
-        let Ok(timeline) = &self.timeline else { return };
-        // SAFETY: the semaphore is of this device, which `timeline` keeps.
-        let Some(hal) = (unsafe { timeline.device.as_hal::<wgpu::hal::api::Vulkan>() }) else {
-            return;
-        };
-        let signal =
-            vk::SemaphoreSignalInfo::default().semaphore(timeline.semaphore).value(timeline.value);
-        // SAFETY: as above; the library's queue, which would have set the value, has failed.
-        let signalled = unsafe { hal.raw_device().signal_semaphore(&signal) };
-        log::debug!("native: the timeline was set by the host: {signalled:?}");
+    /// Lets the device's queue go on whose wait will never end: as far as it gets within `nanoseconds` for each value.
+    fn release(&mut self, nanoseconds: u64) {
+        if let Ok(timeline) = &mut self.timeline {
+            timeline.release(nanoseconds);
+        }
     }
 
     #[cfg(not(unix))]
-    fn exported(&self, _: &Gpu, _: u64) -> Result<Shared> {
+    fn exported(&mut self, _: &Gpu, _: u64) -> Result<Shared> {
         Err(Error::Gpu("memory is shared by file descriptors, on Unix".into()))
     }
 
     /// A buffer in memory of its own, which the library imports.
     #[cfg(unix)]
     #[expect(clippy::undocumented_unsafe_blocks, reason = "the first comment is about all of them")]
-    fn exported(&self, gpu: &Gpu, bytes: u64) -> Result<Shared> {
+    fn exported(&mut self, gpu: &Gpu, bytes: u64) -> Result<Shared> {
         use std::os::fd::FromRawFd;
         gpu.check()?;
         const HANDLE: vk::ExternalMemoryHandleTypeFlags =
@@ -403,7 +474,10 @@ impl Share {
             self.device.create_buffer_from_hal::<wgpu::hal::api::Vulkan>(buffer, &descriptor)
         });
         match buffer {
-            Ok(buffer) => Ok(Shared { buffer, mapped, bytes }),
+            Ok(buffer) => {
+                self.imported = true;
+                Ok(Shared { buffer, mapped, bytes })
+            }
             Err(error) => {
                 self.runtime.release(mapped);
                 Err(error)
@@ -415,8 +489,12 @@ impl Share {
 impl Drop for Share {
     fn drop(&mut self) {
         // Buffers of wgpu's wait for its own device themselves.
-        if self.busy && self.runtime.synchronize().is_err() {
-            self.release();
+        let lost = self.lost.lock().unwrap_or_else(std::sync::PoisonError::into_inner).is_some();
+        if let Ok(timeline) = &mut self.timeline {
+            timeline.lost = lost;
+        }
+        if self.dead.is_some() || lost || self.busy && self.runtime.synchronize().is_err() {
+            self.release(PATIENCE);
         }
         for old in self.buffers.iter_mut().filter_map(Option::take) {
             self.runtime.release(old.mapped);
@@ -424,19 +502,62 @@ impl Drop for Share {
     }
 }
 
-/// Waits for all that was submitted.
-fn wait(gpu: &Gpu) -> Result<()> {
+/// How long the host waits for a value of wgpu's at the end of a share, in nanoseconds.
+const PATIENCE: u64 = 2_000_000_000;
+
+/// Waits for all that was submitted; `watch` is called now and then.
+fn wait(gpu: &Gpu, watch: impl FnMut()) -> Result<()> {
     let (sender, receiver) = futures_channel::oneshot::channel();
     gpu.queue.on_submitted_work_done(move || {
         // The receiver is gone only if the waiting was given up.
         let _ = sender.send(());
     });
-    let done = pollster::block_on(gpu.wait(receiver));
+    let done = pollster::block_on(gpu.wait_watching(receiver, watch));
     gpu.check()?;
     done.map_err(|_| Error::DeviceLost("work was cancelled".into()))
 }
 
 impl Timeline {
+    /// Notes that wgpu's queue waits for `value`, and forgets what was reached.
+    fn owe(&mut self, value: u64) {
+        // SAFETY: the semaphore is of this device.
+        if let Some(hal) = unsafe { self.device.as_hal::<wgpu::hal::api::Vulkan>() } {
+            // SAFETY: as above.
+            let reached = unsafe { hal.raw_device().get_semaphore_counter_value(self.semaphore) };
+            let reached = reached.unwrap_or(0);
+            self.owed.retain(|value| *value > reached);
+        }
+        self.owed.push_back(value);
+    }
+
+    /// Sets, in the place of a library whose queue has failed, the values that it owes: each when wgpu's queue has set the one
+    /// before, because a timeline only grows; waits so long for that.
+    fn release(&mut self, nanoseconds: u64) {
+        // SAFETY: of all calls here: the semaphore is of this device, which `self` keeps.
+        let Some(hal) = (unsafe { self.device.as_hal::<wgpu::hal::api::Vulkan>() }) else {
+            return;
+        };
+        let raw = hal.raw_device();
+        while let Some(value) = self.owed.front().copied() {
+            let (semaphores, before) = ([self.semaphore], [value - 1]);
+            let wait = vk::SemaphoreWaitInfo::default().semaphores(&semaphores).values(&before);
+            // SAFETY: as above.
+            if unsafe { raw.wait_semaphores(&wait, nanoseconds) }.is_err() {
+                return;
+            }
+            // SAFETY: as above.
+            let reached = unsafe { raw.get_semaphore_counter_value(self.semaphore) };
+            if reached.is_ok_and(|reached| reached < value) {
+                let signal =
+                    vk::SemaphoreSignalInfo::default().semaphore(self.semaphore).value(value);
+                // SAFETY: as above; wgpu's queue sets nothing larger before it has seen this value.
+                let signalled = unsafe { raw.signal_semaphore(&signal) };
+                log::debug!("native: the host set the timeline to {value}: {signalled:?}");
+            }
+            self.owed.pop_front();
+        }
+    }
+
     #[cfg(not(unix))]
     fn new(_: &Gpu, _: &dyn Runtime) -> std::result::Result<Timeline, String> {
         Err("semaphores are shared by file descriptors, on Unix".into())
@@ -479,7 +600,8 @@ impl Timeline {
             .map_err(|error| format!("vkCreateSemaphore: {error}"))?;
         // Destroyed with it, also on failure.
         let (device, queue) = (gpu.device.clone(), gpu.queue.clone());
-        let timeline = Timeline { device, queue, semaphore, value: 0 };
+        let owed = VecDeque::new();
+        let timeline = Timeline { device, queue, semaphore, value: 0, owed, lost: false };
         let files = ash::khr::external_semaphore_fd::Device::new(instance, raw);
         let question =
             vk::SemaphoreGetFdInfoKHR::default().semaphore(semaphore).handle_type(HANDLE);
@@ -497,9 +619,14 @@ impl Drop for Timeline {
         // The queue must not be waiting for it, nor be told to.
         // SAFETY: the queue is the device's.
         if let Some(queue) = unsafe { self.queue.as_hal::<wgpu::hal::api::Vulkan>() } {
+            queue.remove_signal_semaphore(self.semaphore);
             queue.remove_wait_semaphore(self.semaphore);
         }
-        // An error is a lost device, which waits for nothing.
+        // wgpu takes a failed wait for fatal and panics: a lost device is not waited for, and keeps its semaphore.
+        if self.lost {
+            return;
+        }
+        // It can only time out, which it has no limit for.
         let _ = self.device.poll(wgpu::PollType::wait_indefinitely());
         // SAFETY: the device is alive, and its queue idle.
         if let Some(hal) = unsafe { self.device.as_hal::<wgpu::hal::api::Vulkan>() } {
@@ -625,8 +752,8 @@ mod tests {
             self.steps.send(Step::Run(run)).map_err(|error| error.to_string())?;
             receiver.recv().map_err(|error| error.to_string())
         }
-        fn check(&self) -> std::result::Result<(), String> {
-            Ok(())
+        fn check(&self) -> std::result::Result<bool, String> {
+            Ok(false)
         }
     }
 
@@ -659,7 +786,8 @@ mod tests {
         let slow = Arc::new(Slow::new(gpu.device.clone(), semaphore));
         let mut share = Share::new(gpu, Arc::<Slow>::clone(&slow)).unwrap();
         let (device, queue) = (gpu.device.clone(), gpu.queue.clone());
-        share.timeline = Ok(Timeline { device, queue, semaphore, value: 0 });
+        let owed = VecDeque::new();
+        share.timeline = Ok(Timeline { device, queue, semaphore, value: 0, owed, lost: false });
 
         const LEN: usize = 1000;
         let bytes = (LEN * 4) as u64;
@@ -686,7 +814,10 @@ mod tests {
                 });
                 steps.send(Step::Run(run)).map_err(|error| error.to_string())
             };
-            share.hand_over(gpu, &mut stream, [bytes, 0, 0, 0], bytes, run).unwrap().unwrap();
+            share
+                .hand_over(gpu, &mut stream, [bytes, 0, 0, 0], bytes, false, run)
+                .unwrap()
+                .unwrap();
             let mut out = ctx.zeros(DType::F32, 1, LEN).unwrap();
             copy.record(&mut stream, &over(&buffers[4]), &mut out).unwrap();
             outs.push((values, out));
@@ -703,10 +834,20 @@ mod tests {
         let mut stream = ctx.stream();
         let broken = Broken(Arc::clone(&slow));
         share.runtime = Arc::new(broken);
-        share.hand_over(gpu, &mut stream, [0; 4], 0, || Ok(())).unwrap().unwrap();
+        for _ in 0..3 {
+            share.hand_over(gpu, &mut stream, [0; 4], 0, false, || Ok(())).unwrap().unwrap();
+        }
         ctx.submit(stream).unwrap();
-        share.release();
-        ctx.wait_blocking().unwrap();
+        // Larger buffers wait for both queues, and see that one will never end.
+        let grown = share.buffers(gpu, [2 * bytes; ROLES]);
+        assert!(matches!(grown, Err(Error::DeviceLost(_))), "{grown:?}");
+        assert_eq!(share.dead(), Some("the queue failed"));
+        // The host set all three values, each after wgpu's queue had set the one before.
+        let Ok(timeline) = &share.timeline else { unreachable!() };
+        assert!(timeline.owed.is_empty());
+        let mut stream = ctx.stream();
+        assert!(share.hand_over(gpu, &mut stream, [0; 4], 0, false, || Ok(())).unwrap().is_err());
+        drop(stream);
         share.runtime = slow;
     }
 
@@ -748,7 +889,7 @@ mod tests {
         fn synchronize(&self) -> std::result::Result<(), String> {
             Ok(())
         }
-        fn check(&self) -> std::result::Result<(), String> {
+        fn check(&self) -> std::result::Result<bool, String> {
             Err("the queue failed".into())
         }
     }

@@ -20,6 +20,9 @@ static INIT: AtomicU32 = AtomicU32::new(0);
 /// What cuImportExternalMemory returns.
 static IMPORT: AtomicU32 = AtomicU32::new(0);
 
+/// What cuMemAlloc returns.
+static ALLOCATE: AtomicU32 = AtomicU32::new(0);
+
 fn log(line: String) {
     let mut log = LOG.lock().unwrap_or_else(|e| e.into_inner());
     log.push_str(&line);
@@ -44,6 +47,7 @@ pub extern "C" fn standin_set(key: u32, value: u64) {
         3 => QUEUE.store(value as u32, Ordering::SeqCst),
         4 => INIT.store(value as u32, Ordering::SeqCst),
         5 => IMPORT.store(value as u32, Ordering::SeqCst),
+        6 => ALLOCATE.store(value as u32, Ordering::SeqCst),
         _ => {}
     }
 }
@@ -149,6 +153,10 @@ pub extern "C" fn cuStreamQuery(_: *mut c_void) -> Status {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> Status {
     log(format!("cuMemAlloc {bytes}"));
+    let status = ALLOCATE.load(Ordering::SeqCst);
+    if status != 0 {
+        return status;
+    }
     let layout = std::alloc::Layout::from_size_align(bytes, 256).unwrap();
     unsafe { *address = std::alloc::alloc(layout) as u64 };
     current()
@@ -162,8 +170,13 @@ pub extern "C" fn cuMemFree_v2(_: u64) -> Status {
 
 #[cfg(not(no_memcpy))]
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemcpyHtoD_v2(to: u64, from: *const c_void, bytes: usize) -> Status {
-    log(format!("cuMemcpyHtoD {bytes}"));
+pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
+    to: u64,
+    from: *const c_void,
+    bytes: usize,
+    stream: *mut c_void,
+) -> Status {
+    log(format!("cuMemcpyHtoDAsync {bytes} stream {stream:?}"));
     unsafe { std::ptr::copy_nonoverlapping(from.cast::<u8>(), to as *mut u8, bytes) };
     current()
 }

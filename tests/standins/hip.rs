@@ -117,6 +117,12 @@ pub unsafe extern "C" fn hipDeviceGetPCIBusId(id: *mut c_char, len: c_int, devic
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn hipGetDevice(device: *mut c_int) -> c_int {
+    unsafe { *device = DEVICE.with(std::cell::Cell::get) };
+    0
+}
+
+#[unsafe(no_mangle)]
 pub extern "C" fn hipSetDevice(device: c_int) -> c_int {
     DEVICE.with(|current| current.set(device));
     0
@@ -161,13 +167,15 @@ pub extern "C" fn hipFree(_: *mut c_void) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipMemcpy(
+pub unsafe extern "C" fn hipMemcpyAsync(
     to: *mut c_void,
     from: *const c_void,
     bytes: usize,
     kind: c_int,
+    stream: *mut c_void,
 ) -> c_int {
-    log(format!("hipMemcpy {bytes} kind {kind}"));
+    assert_eq!(stream, STREAM);
+    log(format!("hipMemcpyAsync {bytes} kind {kind}"));
     if kind != 1 && kind != 2 {
         return 1;
     }

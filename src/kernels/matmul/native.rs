@@ -67,7 +67,9 @@ pub(super) fn choose(
             gpu.native_from
         ));
     }
-    let (entry, packings) = gpu.native().choose(ctx, &problem, any)?;
+    // Whoever sets no threshold wants the route at any cost.
+    let slow = any || gpu.native_from == 0;
+    let (entry, packings) = gpu.native().choose(ctx, &problem, any, slow)?;
     let largest = sizes(&problem, &packings).into_iter().max().unwrap_or(0);
     if largest > gpu.max_binding {
         return Err(format!(
@@ -103,8 +105,17 @@ fn bound_at_once(x: Input<'_>) -> Option<&DeviceMxTensor> {
     }
 }
 
+/// An error before anything of y was recorded: the next tier takes over, unless the device is gone.
+fn refused(error: Error) -> Result<std::result::Result<(), Refused>> {
+    match error {
+        Error::DeviceLost(_) => Err(error),
+        error => Ok(Err(Refused::Declined(error.to_string()))),
+    }
+}
+
 impl Native {
-    /// Records the product. Everything of it is submitted on return: routes share their buffers among all products.
+    /// Records the product. Everything of it is submitted on return: routes share their buffers among all products. `flag`: for
+    /// the route's test, which waits for the library at once, and where to copy the flag that says what was not held exactly.
     pub(crate) fn record(
         &self,
         desc: &MatmulDesc,
@@ -113,6 +124,7 @@ impl Native {
         b: Input<'_>,
         mut y: Target<'_>,
         extras: Extras<'_>,
+        flag: Option<&wgpu::Buffer>,
     ) -> Result<std::result::Result<(), Refused>> {
         let ctx = stream.context().clone();
         let crate::engine::Engine::Gpu(gpu) = ctx.engine() else { return Ok(Ok(())) };
@@ -121,6 +133,9 @@ impl Native {
             return decline(
                 "the stream records into an encoder of the caller's, which a library's work cannot be put into",
             );
+        }
+        if let Some(reason) = self.entry.disabled() {
+            return decline(&reason);
         }
         let whole = match &y {
             Target::Dense(y) => y.data.chunks().count() == 1,
@@ -131,7 +146,13 @@ impl Native {
         };
         let sizes = sizes(&self.problem, &self.packings);
         let mut share = self.entry.share();
-        let buffers = share.buffers(gpu, sizes)?;
+        if share.device() != &gpu.device {
+            return decline("the stream is for another device than the route");
+        }
+        let buffers = match share.buffers(gpu, sizes) {
+            Ok(buffers) => buffers,
+            Err(error) => return refused(error),
+        };
         let flags = share.flags().clone();
         if let Some(encoder) = stream.wgpu_encoder() {
             encoder.clear_buffer(&flags, 0, Some(4));
@@ -153,10 +174,11 @@ impl Native {
         let [codes_a, codes_b, scales_a, scales_b, sums] = sizes;
         let operands = [codes_a, codes_b, scales_a, scales_b];
         let route = &self.entry.route;
-        let handed =
-            share.hand_over(gpu, stream, operands, sums, || route.run(&self.problem, &job))?;
-        if let Err(reason) = handed {
-            return Ok(Err(Refused::Failed(reason)));
+        let run = || route.run(&self.problem, &job);
+        match share.hand_over(gpu, stream, operands, sums, flag.is_some(), run) {
+            Ok(Ok(())) => {}
+            Ok(Err(reason)) => return Ok(Err(Refused::Failed(reason))),
+            Err(error) => return refused(error),
         }
         let gate = |wanted| {
             let (flags, arguments) = (flags.clone(), share.arguments.clone());
@@ -172,6 +194,9 @@ impl Native {
         }
         stream.set_gate(None);
         recorded?;
+        if let (Some(encoder), Some(flag)) = (stream.wgpu_encoder(), flag) {
+            encoder.copy_buffer_to_buffer(&flags, 0, flag, 0, 4);
+        }
         stream.submit_so_far()?;
         Ok(Ok(()))
     }
@@ -207,10 +232,11 @@ impl Matmul {
         a: &DeviceMxTensor,
         b: &DeviceMxTensor,
         y: &mut crate::Tensor,
+        flag: &wgpu::Buffer,
     ) -> std::result::Result<(), String> {
         let Some(native) = &self.native else { return Err("not a native product".into()) };
         let extras = Extras::default();
-        match native.record(&self.desc, stream, a.into(), b.into(), y.into(), extras) {
+        match native.record(&self.desc, stream, a.into(), b.into(), y.into(), extras, Some(flag)) {
             Ok(Ok(())) => Ok(()),
             Ok(Err(Refused::Declined(reason) | Refused::Failed(reason))) => Err(reason),
             Err(error) => Err(error.to_string()),

@@ -41,7 +41,7 @@ functions! {
         query: "cuStreamQuery" (sys::CUstream) -> Status;
         allocate: "cuMemAlloc_v2" (*mut u64, usize) -> Status;
         free: "cuMemFree_v2" (u64) -> Status;
-        to_device: "cuMemcpyHtoD_v2" (u64, *const c_void, usize) -> Status;
+        to_device: "cuMemcpyHtoDAsync_v2" (u64, *const c_void, usize, sys::CUstream) -> Status;
         to_host: "cuMemcpyDtoH_v2" (*mut c_void, u64, usize) -> Status;
         error_name: "cuGetErrorName" (Status, *mut *const c_char) -> Status;
     }
@@ -295,10 +295,12 @@ impl Runtime for Driver {
     }
 
     fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), String> {
-        // SAFETY: the caller's buffer has so many bytes.
-        self.call("cuMemcpyHtoD", |f| unsafe {
-            (f.to_device)(to, bytes.as_ptr().cast(), bytes.len())
-        })
+        // In the stream, which is not ordered with the default one: cuMemcpyHtoD may return before the device has the bytes.
+        // SAFETY: the caller's buffer has so many bytes, and outlives the call: the next one waits.
+        let queued = self.call("cuMemcpyHtoDAsync", |f| unsafe {
+            (f.to_device)(to, bytes.as_ptr().cast(), bytes.len(), self.stream)
+        });
+        self.synchronize().and(queued)
     }
 
     fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), String> {
@@ -358,12 +360,15 @@ impl Runtime for Driver {
         self.call("cuStreamSynchronize", |f| unsafe { (f.synchronize)(self.stream) })
     }
 
-    fn check(&self) -> Result<(), String> {
+    fn check(&self) -> Result<bool, String> {
         // SAFETY: the stream is this driver's.
         let status = self.with(|| unsafe { (self.functions.query)(self.stream) })?;
         match status {
-            NOT_READY => Ok(()),
-            status => self.functions.check("a product on CUDA's stream", status),
+            NOT_READY => Ok(false),
+            status => {
+                self.functions.check("a product on CUDA's stream", status)?;
+                Ok(true)
+            }
         }
     }
 }

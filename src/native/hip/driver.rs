@@ -35,13 +35,14 @@ functions! {
         device_name: "hipDeviceGetName" (*mut c_char, c_int, c_int) -> Status;
         device_uuid: "hipDeviceGetUuid" (*mut [u8; 16], c_int) -> Status;
         device_pci: "hipDeviceGetPCIBusId" (*mut c_char, c_int, c_int) -> Status;
+        current_device: "hipGetDevice" (*mut c_int) -> Status;
         set_device: "hipSetDevice" (c_int) -> Status;
         stream: "hipStreamCreateWithFlags" (*mut *mut c_void, c_uint) -> Status;
         synchronize: "hipStreamSynchronize" (*mut c_void) -> Status;
         query: "hipStreamQuery" (*mut c_void) -> Status;
         allocate: "hipMalloc" (*mut *mut c_void, usize) -> Status;
         free: "hipFree" (*mut c_void) -> Status;
-        copy: "hipMemcpy" (*mut c_void, *const c_void, usize, c_int) -> Status;
+        copy: "hipMemcpyAsync" (*mut c_void, *const c_void, usize, c_int, *mut c_void) -> Status;
         error_name: "hipGetErrorName" (Status) -> *const c_char;
     }
 }
@@ -248,12 +249,39 @@ impl Driver {
         Ok(driver)
     }
 
-    /// Runs `f` with the device current in this thread.
+    /// Runs `f` with the device current in this thread; then the one is that was before.
     pub(crate) fn with<T>(&self, f: impl FnOnce() -> T) -> Result<T, String> {
-        // SAFETY: the device exists.
-        let status = unsafe { (self.functions.set_device)(self.device) };
-        self.functions.check("hipSetDevice", status)?;
-        Ok(f())
+        let mut before = 0;
+        // SAFETY: the pointer is to a local.
+        let status = unsafe { (self.functions.current_device)(&raw mut before) };
+        self.functions.check("hipGetDevice", status)?;
+        let set = |device: c_int| {
+            // SAFETY: the device exists.
+            let status = unsafe { (self.functions.set_device)(device) };
+            self.functions.check("hipSetDevice", status)
+        };
+        if before != self.device {
+            set(self.device)?;
+        }
+        let value = f();
+        if before != self.device {
+            set(before)?;
+        }
+        Ok(value)
+    }
+
+    /// Copies behind what is in the stream, which is not ordered with the default one, and waits.
+    fn copy(
+        &self,
+        to: *mut c_void,
+        from: *const c_void,
+        bytes: usize,
+        kind: c_int,
+    ) -> Result<(), String> {
+        // SAFETY: the callers'; both sides outlive the call, because the next one waits.
+        let queued = self
+            .call("hipMemcpyAsync", |f| unsafe { (f.copy)(to, from, bytes, kind, self.stream) });
+        self.synchronize().and(queued)
     }
 
     fn call(&self, what: &str, f: impl FnOnce(&Functions) -> Status) -> Result<(), String> {
@@ -367,18 +395,11 @@ impl Runtime for Driver {
     }
 
     fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), String> {
-        // SAFETY: the caller's buffer has so many bytes. Memory that is not pinned is read before the call returns.
-        self.call("hipMemcpy", |f| unsafe {
-            (f.copy)(to as *mut c_void, bytes.as_ptr().cast(), bytes.len(), TO_DEVICE)
-        })
+        self.copy(to as *mut c_void, bytes.as_ptr().cast(), bytes.len(), TO_DEVICE)
     }
 
     fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), String> {
-        self.synchronize()?;
-        // SAFETY: the caller's buffer has so many bytes.
-        self.call("hipMemcpy", |f| unsafe {
-            (f.copy)(bytes.as_mut_ptr().cast(), from as *const c_void, bytes.len(), TO_HOST)
-        })
+        self.copy(bytes.as_mut_ptr().cast(), from as *const c_void, bytes.len(), TO_HOST)
     }
 
     fn import_timeline(&self, _: Fd) -> Result<(), String> {
@@ -398,10 +419,14 @@ impl Runtime for Driver {
         self.call("hipStreamSynchronize", |f| unsafe { (f.synchronize)(self.stream) })
     }
 
-    fn check(&self) -> Result<(), String> {
+    fn check(&self) -> Result<bool, String> {
         // SAFETY: as above.
         let status = self.with(|| unsafe { (self.functions.query)(self.stream) })?;
-        if status == NOT_READY { Ok(()) } else { self.functions.check("the HIP queue", status) }
+        if status == NOT_READY {
+            return Ok(false);
+        }
+        self.functions.check("the HIP queue", status)?;
+        Ok(true)
     }
 }
 
