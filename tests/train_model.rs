@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 
 use common::engines::{self, Form, PLAIN, Test};
@@ -13,7 +14,7 @@ use libtest_mimic::{Failed, Trial};
 use microscaling::rng::{ROUNDS, threefry4x32};
 use microscaling::train::checkpoint::Checkpoint;
 use microscaling::train::linear::{Draws, LinearDesc, MxLinear, Step};
-use microscaling::train::model::{Model, ModelDesc, Pass};
+use microscaling::train::model::{Experts, Model, ModelDesc, Pass};
 use microscaling::train::recipe::{
     Cast, Dense, Form as Format, Linear, LossScale, MomentType, PRESETS, Recipe, Reset, Round,
     Scale, Signs,
@@ -125,6 +126,12 @@ fn set_weights(ctx: &Context, model: &mut Model) -> Result<Values, Failed> {
         p.value = ctx.upload(F32, rows, cols, bytemuck::cast_slice(&new))?;
         values.insert(p.name.clone(), widened(&new));
     }
+    // So large that they choose some experts of lower probability.
+    for (seed, (name, bias)) in (200..).zip(model.biases_mut()) {
+        let new: Vec<f32> = gaussian(seed, bias.shape()[1]).iter().map(|v| 0.1 * v).collect();
+        *bias = ctx.upload(F32, 1, new.len(), bytemuck::cast_slice(&new))?;
+        values.insert(name, widened(&new));
+    }
     let mut stream = ctx.stream();
     model.prepare(&mut stream, DRAWS)?;
     ctx.submit(stream)?;
@@ -139,6 +146,7 @@ fn plain() -> Step<'static> {
 }
 
 /// What a pass over a batch gives.
+#[derive(Clone)]
 struct Outcome {
     losses: Vec<f64>,
     grads: Values,
@@ -218,13 +226,51 @@ fn attention(q: &[f64], k: &[f64], v: &[f64], d: usize) -> Vec<f64> {
     out
 }
 
+/// An expert, or the feed-forward part of a dense block.
+fn swiglu(y: &[f64], gate_up: &[f64], down: &[f64], ffn: usize) -> Vec<f64> {
+    let gate_up = times(y, gate_up, y.len());
+    let h: Vec<f64> =
+        (0..ffn).map(|i| gate_up[i] / (1.0 + (-gate_up[i]).exp()) * gate_up[ffn + i]).collect();
+    times(&h, down, ffn)
+}
+
 /// The model in f64, from what it is said to be.
 struct Reference<'a> {
     desc: &'a ModelDesc,
     batch: &'a [u32],
+    /// Of all tokens so far, the least by which an expert was better than one that was not chosen.
+    margin: Cell<f64>,
 }
 
-impl Reference<'_> {
+impl<'a> Reference<'a> {
+    fn new(desc: &'a ModelDesc, batch: &'a [u32]) -> Reference<'a> {
+        Reference { desc, batch, margin: Cell::new(f64::INFINITY) }
+    }
+
+    /// What the experts make of a token: those with the largest probability plus bias, by their share of the probability of
+    /// all that are chosen.
+    fn mixture(&self, values: &Values, name: &str, y: &[f64], experts: Experts) -> Vec<f64> {
+        let ModelDesc { dim, ffn, .. } = *self.desc;
+        let value = |part: &str| &values[&format!("{name}.{part}")][..];
+        let powers: Vec<f64> = times(y, value("router"), dim).into_iter().map(f64::exp).collect();
+        let total: f64 = powers.iter().sum();
+        let score = |e: usize| powers[e] / total + value("router.bias")[e];
+        let mut order: Vec<usize> = (0..experts.count).collect();
+        order.sort_by(|a, b| score(*b).total_cmp(&score(*a)));
+        let (chosen, rest) = order.split_at(experts.top_k);
+        let margin = score(chosen[chosen.len() - 1]) - score(rest[0]);
+        self.margin.set(self.margin.get().min(margin));
+        let share: f64 = chosen.iter().map(|e| powers[*e]).sum();
+        let mut sum = vec![0.0; dim];
+        for e in chosen {
+            let gate_up = &value("experts.gate_up")[e * 2 * ffn * dim..][..2 * ffn * dim];
+            let down = &value("experts.down")[e * dim * ffn..][..dim * ffn];
+            let out = swiglu(y, gate_up, down, ffn);
+            sum.iter_mut().zip(out).for_each(|(sum, out)| *sum += powers[*e] / share * out);
+        }
+        sum
+    }
+
     fn block(&self, values: &Values, name: &str, s: &[f64]) -> Vec<f64> {
         let ModelDesc { dim, heads, ffn, seq, batch, .. } = *self.desc;
         let value = |part: &str| &values[&format!("{name}.{part}")][..];
@@ -244,12 +290,17 @@ impl Reference<'_> {
             }
         }
         let s = plus(s, &times(&attended, value("out"), dim));
-        let gate_up = times(&rms_norm(&s, value("norm2")), value("gate_up"), dim);
-        let h: Vec<f64> = gate_up
-            .chunks(2 * ffn)
-            .flat_map(|row| (0..ffn).map(|i| row[i] / (1.0 + (-row[i]).exp()) * row[ffn + i]))
-            .collect();
-        plus(&s, &times(&h, value("down"), ffn))
+        let y = rms_norm(&s, value("norm2"));
+        let added: Vec<f64> = match self.desc.experts {
+            None => y
+                .chunks(dim)
+                .flat_map(|y| swiglu(y, value("gate_up"), value("down"), ffn))
+                .collect(),
+            Some(experts) => {
+                y.chunks(dim).flat_map(|y| self.mixture(values, name, y, experts)).collect()
+            }
+        };
+        plus(&s, &added)
     }
 
     /// The mean loss and the logits; head 0 predicts the next token, each further one a token more.
@@ -314,11 +365,13 @@ fn norm(x: &[f64]) -> f64 {
 /// Compares with the reference. Every stage (a kernel that sums) on the way from the tokens to a gradient is off by at most
 /// n · 2^-24, relative to the terms of its sums, of which there are n = 96 at most, plus eight units for what WGSL allows
 /// exp, square root and division. With weights of order one no stage makes the error before it much larger, and a block has
-/// nine stages each way. What is compared with is the root mean square of the tensor beside the element itself.
+/// nine stages each way; with experts four more: the router's product, its softmax, the shares, and the sum over experts. What
+/// is compared with is the root mean square of the tensor beside the element itself.
 fn check(desc: &ModelDesc, batch: &[u32], values: &mut Values, got: &Outcome) {
-    let stages = 18 * (desc.layers + desc.mtp) + 6;
+    let blocks = desc.layers + desc.mtp;
+    let stages = if desc.experts.is_some() { 26 } else { 18 } * blocks + 6;
     let bound = stages as f64 * (96.0 + 8.0) * 2f64.powi(-24);
-    let reference = Reference { desc, batch };
+    let reference = Reference::new(desc, batch);
     let (losses, logits) = reference.forward(values);
     assert_eq!(got.losses.len(), 1 + desc.mtp);
     let mut worst = 0f64;
@@ -335,7 +388,8 @@ fn check(desc: &ModelDesc, batch: &[u32], values: &mut Values, got: &Outcome) {
     for (i, (got, want)) in got.logits.iter().zip(&logits).enumerate() {
         near(&format!("logit {i}"), *got, *want, rms(&logits));
     }
-    assert_eq!(got.grads.len(), 3 + 6 * desc.layers + 7 * desc.mtp);
+    let of_block = if desc.experts.is_some() { 7 } else { 6 };
+    assert_eq!(got.grads.len(), 3 + of_block * blocks + desc.mtp);
     for (seed, (name, grad)) in (0..).zip(&got.grads) {
         // All elements at once, along a random direction of length one; then the largest and some others.
         let direction: Vec<f64> = widened(&gaussian(seed, grad.len()));
@@ -354,14 +408,36 @@ fn check(desc: &ModelDesc, batch: &[u32], values: &mut Values, got: &Outcome) {
     }
     // Not so wide that nothing could be outside.
     assert!(worst > 1e-4, "{worst:e}");
+    // Nor is there a jump between the two ends of a difference, or another choice in f32.
+    assert!(reference.margin.get() > MARGIN / 2.0, "experts change: {}", reference.margin.get());
+}
+
+/// By how much an expert must be better than one that is not chosen: more than twice as much as the pass before the one whose
+/// logits are compared moves the biases (10⁻³ each), and far more than a difference or f32 moves a probability.
+const MARGIN: f64 = 4e-3;
+
+/// A batch whose tokens all choose their experts clearly.
+fn clear_batch(desc: &ModelDesc, values: &Values) -> Vec<u32> {
+    let clear = |batch: &Vec<u32>| {
+        let reference = Reference::new(desc, batch);
+        reference.forward(values);
+        reference.margin.get() > MARGIN
+    };
+    (77..1077).map(|seed| random_batch(desc, seed)).find(clear).expect("no batch has clear choices")
+}
+
+/// One block and one head more, both with experts: the second's gradients go through the first.
+fn experts() -> ModelDesc {
+    let experts = Some(Experts { count: 4, top_k: 2 });
+    ModelDesc { batch: 1, ffn: 32, experts, ..small(1, 1) }
 }
 
 fn gradients(ctx: &Context, _: usize) -> Result<(), Failed> {
-    for (layers, mtp, batch) in [(2, 0, 1), (1, 2, 2)] {
-        let desc = ModelDesc { batch, ..small(layers, mtp) };
+    let dense = |layers, mtp, batch| ModelDesc { batch, ..small(layers, mtp) };
+    for desc in [dense(2, 0, 1), dense(1, 2, 2), experts()] {
         let mut model = Model::new(ctx, &desc, &recipe("f32"), 1)?;
         let mut values = set_weights(ctx, &mut model)?;
-        let batch = random_batch(&desc, 77);
+        let batch = clear_batch(&desc, &values);
         let got = pass(ctx, &mut model, &batch)?;
         check(&desc, &batch, &mut values, &got);
     }
@@ -371,18 +447,21 @@ fn gradients(ctx: &Context, _: usize) -> Result<(), Failed> {
 /// A gradient that is wrong by one in a thousand must show, in each parameter.
 fn comparison_fails() -> Result<(), Failed> {
     let ctx = Context::cpu();
-    let desc = ModelDesc { batch: 1, ..small(1, 0) };
-    let mut model = Model::new(&ctx, &desc, &recipe("f32"), 1)?;
-    let values = set_weights(&ctx, &mut model)?;
-    let batch = random_batch(&desc, 77);
-    for name in values.keys() {
-        let mut got = pass(&ctx, &mut model, &batch)?;
-        let grad = got.grads.get_mut(name).unwrap();
-        grad.iter_mut().for_each(|g| *g *= 1.001);
-        let mut values = values.clone();
-        let (desc, batch) = (desc.clone(), batch.clone());
-        let fails = std::panic::catch_unwind(move || check(&desc, &batch, &mut values, &got));
-        assert!(fails.is_err(), "{name}: a wrong gradient passes");
+    for desc in [ModelDesc { batch: 1, ..small(1, 0) }, experts()] {
+        let mut model = Model::new(&ctx, &desc, &recipe("f32"), 1)?;
+        let values = set_weights(&ctx, &mut model)?;
+        let batch = clear_batch(&desc, &values);
+        let right = pass(&ctx, &mut model, &batch)?;
+        check(&desc, &batch, &mut values.clone(), &right);
+        for name in right.grads.keys() {
+            let mut got = right.clone();
+            let grad = got.grads.get_mut(name).unwrap();
+            grad.iter_mut().for_each(|g| *g *= 1.001);
+            let mut values = values.clone();
+            let (desc, batch) = (desc.clone(), batch.clone());
+            let fails = std::panic::catch_unwind(move || check(&desc, &batch, &mut values, &got));
+            assert!(fails.is_err(), "{name}: a wrong gradient passes");
+        }
     }
     Ok(())
 }
@@ -1013,7 +1092,7 @@ fn generates() -> Result<(), Failed> {
             .iter()
             .map(|p| Ok((p.name.clone(), widened(&floats(&ctx, &p.value)?))));
         let values: Values = values.collect::<Result<_, Error>>()?;
-        let want = Reference { desc: &desc, batch }.forward(&values).0[0];
+        let want = Reference::new(&desc, batch).forward(&values).0[0];
         let loss = each[each.len() - 1];
         assert!((loss - want).abs() < 1e-4 * want.max(1.0), "{loss} {want}");
     }
