@@ -13,7 +13,7 @@ use common::{gaussian, narrowed, reference, to_f32, words};
 use libtest_mimic::{Failed, Trial};
 use microscaling::rng::{ROUNDS, threefry4x32};
 use microscaling::train::checkpoint::Checkpoint;
-use microscaling::train::linear::{Draws, LinearDesc, MxLinear, Step};
+use microscaling::train::linear::{Draws, LinearDesc, MxLinear, Scratch, Step};
 use microscaling::train::model::{Experts, Model, ModelDesc, Pass};
 use microscaling::train::recipe::{
     Cast, Dense, Form as Format, Linear, LossScale, MomentType, PRESETS, Recipe, Reset, Round,
@@ -649,7 +649,7 @@ fn check_linear(
         dx: x_type,
         experts: None,
     };
-    let mut layer = MxLinear::new(ctx, &desc, linear, LAYER, false)?;
+    let mut layer = MxLinear::new(ctx, &desc, linear, LAYER, false, &mut Scratch::default())?;
     let nan = |dtype, rows, cols| upload(dtype, rows, cols, &vec![f32::NAN; rows * cols]);
     let (mut y, mut dx, mut dw) = (nan(x_type, ROWS, N)?, nan(x_type, ROWS, K)?, nan(F32, N, K)?);
     let mut stream = ctx.stream();
@@ -1231,7 +1231,8 @@ fn mismatches() -> Result<(), Failed> {
         dx: F32,
         experts: None,
     };
-    let mut layer = MxLinear::new(&ctx, &desc, &Linear::dense("f32"), 1, false)?;
+    let mut layer =
+        MxLinear::new(&ctx, &desc, &Linear::dense("f32"), 1, false, &mut Scratch::default())?;
     let x = ctx.zeros(F32, 32, 32)?;
     let (mut y, mut dw) = (ctx.zeros(F32, 32, 32)?, ctx.zeros(F32, 32, 32)?);
     let mut stream = ctx.stream();

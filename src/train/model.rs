@@ -30,7 +30,7 @@ use crate::kernels::{
 use crate::rng;
 use crate::{Error, Result};
 
-use super::linear::{Draws, LinearDesc, MxLinear, Step};
+use super::linear::{Draws, LinearDesc, MxLinear, Scratch, Step};
 use super::recipe::{Dense, Recipe};
 
 /// The sizes of a model and of its batch.
@@ -200,12 +200,12 @@ struct Routed {
 
 /// What the blocks with experts share.
 #[derive(Debug)]
-struct Scratch {
+struct RoutedShared {
     router: Router,
     logits: Tensor,
     dlogits: Tensor,
     dweights: Tensor,
-    xs: Tensor,
+    /// In forward the experts' input, where nothing keeps it.
     dxs: Tensor,
     dys: Tensor,
     /// The gradient of the router's input.
@@ -220,13 +220,10 @@ struct Shared {
     attention: Attention,
     embedding: EmbeddingGradient,
     reduce: Reduce,
-    /// Activations that nothing keeps.
-    y: Tensor,
-    h: Tensor,
-    o: Tensor,
     /// The output of the last feed-forward part, not yet in the residual stream.
     f: Tensor,
-    /// Gradients: of the residual stream (two, by turns), and of what lies between kernels.
+    /// Gradients: of the residual stream (two, by turns), and of what lies between kernels. In forward `dy` and `dh` are the
+    /// activations themselves, where nothing keeps them, and `dattended` is what is added to the residual stream.
     ds: [Tensor; 2],
     dy: Tensor,
     dh: Tensor,
@@ -238,7 +235,7 @@ struct Shared {
     losses: Tensor,
     /// With extra heads: the gradient of the trunk's output, of all of them.
     dtrunk: Option<Tensor>,
-    experts: Option<Scratch>,
+    experts: Option<RoutedShared>,
 }
 
 /// A head: the norm before it and what it keeps.
@@ -278,6 +275,8 @@ pub struct Model {
     heads: Vec<Head>,
     extra: Vec<Block>,
     shared: Shared,
+    /// What the linear layers share.
+    scratch: Scratch,
     tokens: Ids,
     /// The step's counters.
     pub counters: Counters,
@@ -295,6 +294,7 @@ struct Maker<'a> {
     seed: u64,
     params: Vec<Param>,
     layers: u32,
+    scratch: Scratch,
 }
 
 impl Maker<'_> {
@@ -351,7 +351,8 @@ impl Maker<'_> {
 
     fn linear(&mut self, name: &str, desc: LinearDesc, accumulate: bool) -> Result<MxLinear> {
         self.layers += 1;
-        MxLinear::new(self.ctx, &desc, self.recipe.layer(name), self.layers, accumulate)
+        let (recipe, scratch) = (self.recipe.layer(name), &mut self.scratch);
+        MxLinear::new(self.ctx, &desc, recipe, self.layers, accumulate, scratch)
             .map_err(|error| Error::Recipe(format!("{name}: {error}")))
     }
 
@@ -515,7 +516,8 @@ impl Model {
     pub fn new(ctx: &Context, desc: &ModelDesc, recipe: &Recipe, seed: u64) -> Result<Model> {
         desc.validate()?;
         recipe.validate()?;
-        let mut maker = Maker { ctx, desc, recipe, seed, params: Vec::new(), layers: 0 };
+        let (params, scratch) = (Vec::new(), Scratch::default());
+        let mut maker = Maker { ctx, desc, recipe, seed, params, layers: 0, scratch };
         let ModelDesc { vocabulary, dim, ffn, seq, batch, heads, .. } = *desc;
         let (t, act) = (desc.tokens(), maker.act());
         let embedding = maker.param("embedding".into(), [vocabulary, dim], 0.02, false)?;
@@ -539,9 +541,6 @@ impl Model {
             attention: Attention::new(ctx, &AttentionDesc { batch, seq, heads, head_dim })?,
             embedding: EmbeddingGradient::new(ctx, t, vocabulary, dim)?,
             reduce: Reduce::new(ctx, t)?,
-            y: zeros(act, dim)?,
-            h: slots(ffn)?,
-            o: zeros(act, dim)?,
             f: zeros(act, dim)?,
             ds: [zeros(DType::F32, dim)?, zeros(DType::F32, dim)?],
             dy: zeros(act, dim)?,
@@ -558,12 +557,11 @@ impl Model {
             },
             experts: match router {
                 None => None,
-                Some(desc) => Some(Scratch {
+                Some(desc) => Some(RoutedShared {
                     router: Router::new(ctx, &desc)?,
                     logits: zeros(DType::F32, desc.experts)?,
                     dlogits: zeros(DType::F32, desc.experts)?,
                     dweights: zeros(DType::F32, desc.top_k)?,
-                    xs: slots(dim)?,
                     dxs: slots(dim)?,
                     dys: slots(dim)?,
                     dy: zeros(act, dim)?,
@@ -580,6 +578,7 @@ impl Model {
             heads: all,
             extra,
             shared,
+            scratch: maker.scratch,
             tokens: ctx.zeros_ids(t)?,
             counters: Counters {
                 x: ctx.zeros_ids(quantize_both::COUNTERS)?,
@@ -635,11 +634,11 @@ impl Model {
 
     /// Makes the forward products dense from now on; weights are to be prepared again.
     pub fn dense_forward(&mut self, dense: Dense) -> Result<()> {
-        let ctx = self.ctx.clone();
-        for (_, linear) in self.linears_mut() {
+        let Model { ctx, blocks, extra, heads, head, scratch, .. } = self;
+        for (_, linear) in all_linears(blocks, extra, heads, *head) {
             let recipe = linear.recipe().dense_forward(dense);
             if recipe != *linear.recipe() {
-                *linear = linear.with_recipe(&ctx, &recipe)?;
+                *linear = linear.with_recipe(ctx, &recipe, scratch)?;
             }
         }
         Ok(())
@@ -833,7 +832,7 @@ impl Block {
         pass: Pass,
         counters: &mut Ids,
     ) -> Result<()> {
-        let Shared { norm, rope, attention, y, h, o, f, experts, .. } = shared;
+        let Shared { norm, rope, attention, dy: y, dh: h, dattended: o, f, experts, .. } = shared;
         let value = |id: Id| &params[id].value;
         let y1 = self.y1.as_mut().unwrap_or(y);
         match s {
@@ -865,7 +864,7 @@ impl Block {
         norm.forward(stream, &self.s1, branch, gain, y, &mut self.rstd2)?;
         linear.forward(stream, y, value(*id), &mut e.logits, step(pass, counters))?;
         e.router.record(stream, &e.logits, Some(bias), routes)?;
-        let xs = self.y2.as_mut().unwrap_or(&mut e.xs);
+        let xs = self.y2.as_mut().unwrap_or(&mut e.dxs);
         permute::gather(stream, routes, y, xs)?;
         let (id, linear) = &mut self.gate_up;
         let groups = Some(&routes.groups);
