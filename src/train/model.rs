@@ -11,8 +11,9 @@
 //! predicts one token further (Gloeckle et al., arXiv 2404.19737).
 //!
 //! The residual stream and its gradient are f32 `[T, dim]`, T = batch · seq tokens; what lies between kernels is of the
-//! recipe's `activations`. Kept for backward: the residual stream at both norms, qkv, attention's output, gate and up,
-//! and what each linear layer keeps of its input, packed where wgrad reads it packed.
+//! recipe's `activations`. Kept for backward: the residual stream at both norms, qkv, attention's output, gate and up (whose
+//! gradient takes their place), and what each linear layer keeps of its input, packed where wgrad reads it packed. All
+//! else is made and used up within a block, in memory that the blocks share.
 
 use crate::engine::buffer::{DType, Ids, Tensor};
 use crate::engine::{Context, Stream};
@@ -220,16 +221,14 @@ struct Shared {
     attention: Attention,
     embedding: EmbeddingGradient,
     reduce: Reduce,
-    /// The output of the last feed-forward part, not yet in the residual stream.
+    /// The output of the last part of a block, not yet in the residual stream; in backward attention's gradient.
     f: Tensor,
-    /// Gradients: of the residual stream (two, by turns), and of what lies between kernels. In forward `dy` and `dh` are the
-    /// activations themselves, where nothing keeps them, and `dattended` is what is added to the residual stream.
-    ds: [Tensor; 2],
+    /// Gradients: of the residual stream, and of what lies between kernels. In forward `dy` and `dh` are the activations
+    /// themselves, where nothing keeps them.
+    ds: Tensor,
     dy: Tensor,
     dh: Tensor,
-    dgu: Tensor,
     dqkv: Tensor,
-    dattended: Tensor,
     dlogits: Tensor,
     logits: Tensor,
     losses: Tensor,
@@ -542,12 +541,10 @@ impl Model {
             embedding: EmbeddingGradient::new(ctx, t, vocabulary, dim)?,
             reduce: Reduce::new(ctx, t)?,
             f: zeros(act, dim)?,
-            ds: [zeros(DType::F32, dim)?, zeros(DType::F32, dim)?],
+            ds: zeros(DType::F32, dim)?,
             dy: zeros(act, dim)?,
             dh: slots(ffn)?,
-            dgu: slots(2 * ffn)?,
             dqkv: zeros(act, 3 * dim)?,
-            dattended: zeros(act, dim)?,
             dlogits: zeros(DType::F32, vocabulary)?,
             logits: zeros(DType::F32, vocabulary)?,
             losses: zeros(DType::F32, 1)?,
@@ -767,7 +764,7 @@ impl Model {
         let Some(each) = each else { return Ok(()) };
         main.backward(stream, params, head, shared, pass, &mut counters.dy)?;
         if let Some(trunk) = &mut shared.dtrunk {
-            add::cast(stream, &shared.ds[0], trunk)?;
+            add::cast(stream, &shared.ds, trunk)?;
         }
         let each = each * MTP_WEIGHT / others.len().max(1) as f32;
         for (block, other) in extra.iter_mut().zip(others) {
@@ -786,17 +783,17 @@ impl Model {
             other.backward(stream, params, head, shared, pass, &mut counters.dy)?;
             block.backward(stream, params, shared, pass, &mut counters.dy)?;
             if let Some(trunk) = &mut shared.dtrunk {
-                add::add(stream, &shared.ds[0], trunk)?;
+                add::add(stream, &shared.ds, trunk)?;
             }
         }
         if let Some(trunk) = &shared.dtrunk {
-            add::cast(stream, trunk, &mut shared.ds[0])?;
+            add::cast(stream, trunk, &mut shared.ds)?;
         }
         for block in blocks.iter_mut().rev() {
             block.backward(stream, params, shared, pass, &mut counters.dy)?;
         }
         let table = &mut params[self.embedding].grad;
-        shared.embedding.record(stream, tokens, &shared.ds[0], table, false)
+        shared.embedding.record(stream, tokens, &shared.ds, table, false)
     }
 }
 
@@ -832,7 +829,7 @@ impl Block {
         pass: Pass,
         counters: &mut Ids,
     ) -> Result<()> {
-        let Shared { norm, rope, attention, dy: y, dh: h, dattended: o, f, experts, .. } = shared;
+        let Shared { norm, rope, attention, dy: y, dh: h, f, experts, .. } = shared;
         let value = |id: Id| &params[id].value;
         let y1 = self.y1.as_mut().unwrap_or(y);
         match s {
@@ -847,8 +844,8 @@ impl Block {
         rope.record(stream, &mut self.rotated, Direction::Forward)?;
         attention.forward(stream, &self.rotated, &mut self.attended, &mut self.lse)?;
         let (id, linear) = &mut self.out;
-        linear.forward(stream, &self.attended, value(*id), o, step(pass, counters))?;
-        let branch = Some((&*o, &mut self.s2));
+        linear.forward(stream, &self.attended, value(*id), f, step(pass, counters))?;
+        let branch = Some((&*f, &mut self.s2));
         let gain = value(self.norm2);
         let Some((routed, e)) = self.routed.as_mut().zip(experts.as_mut()) else {
             let y2 = self.y2.as_mut().unwrap_or(y);
@@ -878,7 +875,7 @@ impl Block {
         permute::combine(stream, routes, ys, f, false)
     }
 
-    /// From the gradient of the block's output in `shared.ds[0]` to that of its input, in the same place.
+    /// From the gradient of the block's output in `shared.ds` to that of its input, in the same place.
     fn backward(
         &mut self,
         stream: &mut Stream<'_>,
@@ -887,34 +884,33 @@ impl Block {
         pass: Pass,
         counters: &mut Ids,
     ) -> Result<()> {
-        let Shared {
-            norm, rope, attention, ds: [a, b], dy, dh, dgu, dqkv, dattended, experts, ..
-        } = shared;
+        let Shared { norm, rope, attention, ds, dy, dh, dqkv, f: dattended, experts, .. } = shared;
         match self.routed.as_mut().zip(experts.as_mut()) {
             None => {
                 let (id, linear) = &mut self.down;
                 let Param { value, grad, .. } = &mut params[*id];
                 let h = self.h.as_ref();
-                linear.backward(stream, h, value, a, dh, grad, step(pass, counters))?;
-                swiglu::backward(stream, &self.gu, dh, dgu)?;
+                linear.backward(stream, h, value, ds, dh, grad, step(pass, counters))?;
+                swiglu::backward(stream, &mut self.gu, dh)?;
                 let (id, linear) = &mut self.gate_up;
                 let Param { value, grad, .. } = &mut params[*id];
                 let y2 = self.y2.as_ref();
-                linear.backward(stream, y2, value, dgu, dy, grad, step(pass, counters))?;
+                linear.backward(stream, y2, value, &self.gu, dy, grad, step(pass, counters))?;
             }
             Some((Routed { router, bias, routes, y, ys }, e)) => {
                 let groups = Some(&routes.groups);
-                permute::combine_backward(stream, routes, a, ys, &mut e.dys, &mut e.dweights)?;
+                permute::combine_backward(stream, routes, ds, ys, &mut e.dys, &mut e.dweights)?;
                 let (id, linear) = &mut self.down;
                 let Param { value, grad, .. } = &mut params[*id];
                 let of = Step { groups, ..step(pass, counters) };
                 linear.backward(stream, self.h.as_ref(), value, &e.dys, dh, grad, of)?;
                 permute::clear_padding(stream, routes, dh)?;
-                swiglu::backward(stream, &self.gu, dh, dgu)?;
+                swiglu::backward(stream, &mut self.gu, dh)?;
                 let (id, linear) = &mut self.gate_up;
                 let Param { value, grad, .. } = &mut params[*id];
                 let of = Step { groups, ..step(pass, counters) };
-                linear.backward(stream, self.y2.as_ref(), value, dgu, &mut e.dxs, grad, of)?;
+                let y2 = self.y2.as_ref();
+                linear.backward(stream, y2, value, &self.gu, &mut e.dxs, grad, of)?;
                 permute::gather_backward(stream, routes, &e.dxs, dy, false)?;
                 e.router.backward(stream, routes, &e.dweights, &mut e.dlogits, 0.0)?;
                 let (id, linear) = router;
@@ -926,11 +922,11 @@ impl Block {
             }
         }
         let Param { value, grad, .. } = &mut params[self.norm2];
-        norm.backward(stream, &self.s2, value, &self.rstd2, dy, Some(a), b, grad, false)?;
+        norm.backward(stream, &self.s2, value, &self.rstd2, dy, true, ds, grad, false)?;
         let (id, linear) = &mut self.out;
         let Param { value, grad, .. } = &mut params[*id];
         let x = Some(&self.attended);
-        linear.backward(stream, x, value, b, dattended, grad, step(pass, counters))?;
+        linear.backward(stream, x, value, ds, dattended, grad, step(pass, counters))?;
         attention.backward(stream, &self.rotated, &self.attended, &self.lse, dattended, dqkv)?;
         rope.record(stream, dqkv, Direction::Backward)?;
         let (id, linear) = &mut self.qkv;
@@ -938,7 +934,7 @@ impl Block {
         let y1 = self.y1.as_ref();
         linear.backward(stream, y1, value, dqkv, dy, grad, step(pass, counters))?;
         let Param { value, grad, .. } = &mut params[self.norm1];
-        norm.backward(stream, &self.s1, value, &self.rstd1, dy, Some(b), a, grad, false)
+        norm.backward(stream, &self.s1, value, &self.rstd1, dy, true, ds, grad, false)
     }
 }
 
@@ -967,7 +963,7 @@ impl Head {
         reduce.mean(stream, losses, Some(&self.targets), &mut self.loss)
     }
 
-    /// From `shared.dlogits` to the gradient of the residual stream, in `shared.ds[0]`.
+    /// From `shared.dlogits` to the gradient of the residual stream, in `shared.ds`.
     fn backward(
         &mut self,
         stream: &mut Stream<'_>,
@@ -977,7 +973,7 @@ impl Head {
         pass: Pass,
         counters: &mut Ids,
     ) -> Result<()> {
-        let Shared { norm, dlogits, dy, ds: [a, _], .. } = shared;
+        let Shared { norm, dlogits, dy, ds, .. } = shared;
         let Param { value, grad, .. } = &mut params[head];
         self.linear.backward(
             stream,
@@ -989,6 +985,6 @@ impl Head {
             step(pass, counters),
         )?;
         let Param { value, grad, .. } = &mut params[self.norm];
-        norm.backward(stream, &self.s, value, &self.rstd, dy, None, a, grad, false)
+        norm.backward(stream, &self.s, value, &self.rstd, dy, false, ds, grad, false)
     }
 }
