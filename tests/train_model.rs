@@ -11,10 +11,12 @@ use common::engines::{self, Form, PLAIN, Test};
 use common::product::{self, Interval, Lines};
 use common::{gaussian, narrowed, reference, to_f32, words};
 use libtest_mimic::{Failed, Trial};
+use microscaling::kernels::GradientNorm;
+use microscaling::kernels::adamw::StepScalars;
 use microscaling::rng::{ROUNDS, threefry4x32};
 use microscaling::train::checkpoint::Checkpoint;
 use microscaling::train::linear::{Draws, LinearDesc, MxLinear, Scratch, Step};
-use microscaling::train::model::{Experts, Model, ModelDesc, Pass};
+use microscaling::train::model::{Experts, Model, ModelDesc, Param, Pass};
 use microscaling::train::recipe::{
     Cast, Dense, Form as Format, Linear, LossScale, MomentType, PRESETS, Recipe, Reset, Round,
     Scale, Signs,
@@ -34,6 +36,7 @@ const SUITE: &[(&str, Test)] = &[
     ("linear_layers_of_the_presets", presets),
     ("linear_layers_of_other_recipes", combinations),
     ("a_loss_scale_changes_no_bit", loss_scale),
+    ("weights_packed_behind_the_update_are_the_same", packed_behind),
     ("every_preset_learns", learns),
     ("a_run_goes_on_from_a_checkpoint", resumes),
     ("late_forward_is_dense", late_forward),
@@ -133,7 +136,7 @@ fn set_weights(ctx: &Context, model: &mut Model) -> Result<Values, Failed> {
         values.insert(name, widened(&new));
     }
     let mut stream = ctx.stream();
-    model.prepare(&mut stream, DRAWS)?;
+    model.prepare(&mut stream, DRAWS, false)?;
     ctx.submit(stream)?;
     Ok(values)
 }
@@ -653,7 +656,7 @@ fn check_linear(
     let nan = |dtype, rows, cols| upload(dtype, rows, cols, &vec![f32::NAN; rows * cols]);
     let (mut y, mut dx, mut dw) = (nan(x_type, ROWS, N)?, nan(x_type, ROWS, K)?, nan(F32, N, K)?);
     let mut stream = ctx.stream();
-    layer.prepare(&mut stream, &wt, DRAWS)?;
+    layer.prepare(&mut stream, &wt, DRAWS, false)?;
     layer.forward(&mut stream, &xt, &wt, &mut y, plain())?;
     let kept = layer.keeps_x().then_some(&xt);
     layer.backward(&mut stream, kept, &wt, &dyt, &mut dx, &mut dw, plain())?;
@@ -834,6 +837,76 @@ fn loss_scale(ctx: &Context, _: usize) -> Result<(), Failed> {
             assert_eq!((a * 2f32.powi(exponent)).to_bits(), b.to_bits(), "2^{exponent}: {a} {b}");
         }
         assert!(weights.tensors == other.tensors, "2^{exponent}: weights or moments differ");
+    }
+    Ok(())
+}
+
+/// A trainer's steps with an optimizer that packs, against the same one after the other: bit for bit. Columns are such that it
+/// is one dispatch; weights are experts', too, and of two heads.
+fn packed_behind(ctx: &Context, step: usize) -> Result<(), Failed> {
+    let experts = Some(Experts { count: 4, top_k: 2 });
+    let dense = ModelDesc { dim: 128, ffn: 128, ..small(1, 1) };
+    let routed = ModelDesc { mtp: 0, batch: 1, experts, ..dense.clone() };
+    let plain = Recipe { oscillation: None, late_forward: 0.0, ..recipe("mxfp4") };
+    let mut head = plain.clone();
+    head.layers.retain(|layer| layer.name != "head");
+    head.optimizer.master = Dense::Bf16;
+    let cases = [(dense, head), (routed, plain)];
+    for (desc, recipe) in &cases[..if step > 1 { 1 } else { 2 }] {
+        let run = run_desc(recipe.clone(), desc.clone(), 10);
+        let mut trainer = Trainer::new(ctx, &run)?;
+        let mut model = Model::new(ctx, desc, recipe, run.seed)?;
+        let sizes: Vec<usize> =
+            model.params.iter().map(|p| p.grad.shape().iter().product()).collect();
+        let mut norm = GradientNorm::new(ctx, &sizes)?;
+        let mut status = ctx.zeros(F32, 1, 4)?;
+        let mut stream = ctx.stream();
+        let draws = |step| Draws { seed: run.seed, step };
+        model.prepare(&mut stream, draws(1), false)?;
+        for number in 1..=3 {
+            let batch = repetitive_batch(desc, number.into());
+            let lr = trainer.learning_rate(trainer.step());
+            trainer.train(&batch, false)?;
+            model.set_batch(&batch)?;
+            let scale = 2f32.powi(recipe.loss_scale.initial);
+            let pass = Pass { draws: draws(number), count: false };
+            model.record(&mut stream, pass, Some(scale))?;
+            let grads: Vec<&Tensor> = model.params.iter().map(|p| &p.grad).collect();
+            let clip = recipe.optimizer.clip_norm;
+            norm.record(&mut stream, &grads, 1.0 / scale, clip, &mut status)?;
+            for p in &mut model.params {
+                let weight_decay = if p.decay { recipe.optimizer.weight_decay } else { 0.0 };
+                let scalars = StepScalars { step: number, lr, weight_decay, seed: run.seed };
+                p.adam.record(
+                    &mut stream,
+                    &scalars,
+                    &p.grad,
+                    &status,
+                    &mut p.value,
+                    &mut p.state,
+                )?;
+            }
+            model.prepare(&mut stream, draws(number + 1), false)?;
+            ctx.submit(std::mem::replace(&mut stream, ctx.stream()))?;
+        }
+        for (got, want) in trainer.model.params.iter().zip(&model.params) {
+            let name = &want.name;
+            let bytes = |x: &Tensor| ctx.read_blocking(x);
+            assert!(bytes(&got.value)? == bytes(&want.value)?, "{name} differs");
+            for tensor in want.state.tensors() {
+                let bytes = |of: &Param| of.state.read_blocking(ctx, tensor.name);
+                assert!(bytes(got)? == bytes(want)?, "{}: {name} differs", tensor.name);
+            }
+        }
+        let mut packed = 0;
+        for ((id, got), (_, want)) in trainer.model.linears().zip(model.linears()) {
+            let name = &model.params[id].name;
+            let both = got.packed_weight().zip(want.packed_weight());
+            let Some((got, want)) = both else { continue };
+            assert_eq!(ctx.read_mx_blocking(got)?, ctx.read_mx_blocking(want)?, "{name}");
+            packed += 1;
+        }
+        assert!(packed >= 4, "{packed}");
     }
     Ok(())
 }

@@ -491,18 +491,32 @@ impl MxLinear {
         [self.forward.tier(), self.dgrad.tier(), self.wgrad.tier()]
     }
 
-    /// Records the packing of the weight, which the products take until it is recorded again.
-    pub fn prepare(&mut self, stream: &mut Stream<'_>, w: &Tensor, draws: Draws) -> Result<()> {
+    /// How the weight is packed for forward, and where to, if its blocks are quantized as they are: the optimizer does it
+    /// behind the update.
+    pub fn packing(&mut self) -> Option<(QuantizeDesc, &mut DeviceMxTensor)> {
+        let cast = &self.recipe.forward.w;
+        match &mut self.w {
+            Made::Packed(w) if cast.hadamard.is_none() => Some((packing(cast, w, Axis::One), w)),
+            _ => None,
+        }
+    }
+
+    /// Records the packing of the weight, which the products take until it is recorded again. `packed`: what
+    /// [`MxLinear::packing`] says was done.
+    pub fn prepare(
+        &mut self,
+        stream: &mut Stream<'_>,
+        w: &Tensor,
+        draws: Draws,
+        packed: bool,
+    ) -> Result<()> {
         let layer = self.layer;
-        let (forward, dgrad) = (&self.recipe.forward.w, &self.recipe.dgrad.w);
-        weight(
-            stream,
-            w,
-            forward,
-            Axis::One,
-            draws.hadamard(forward, layer, FORWARD),
-            &mut self.w,
-        )?;
+        if !packed || self.packing().is_none() {
+            let forward = &self.recipe.forward.w;
+            let hadamard = draws.hadamard(forward, layer, FORWARD);
+            weight(stream, w, forward, Axis::One, hadamard, &mut self.w)?;
+        }
+        let dgrad = &self.recipe.dgrad.w;
         let across = if self.desc.experts.is_some() { Axis::One } else { Axis::Zero };
         weight(stream, w, dgrad, across, draws.hadamard(dgrad, layer, DGRAD), &mut self.w_dgrad)?;
         match &mut self.outliers {
@@ -639,6 +653,12 @@ impl MxLinear {
     }
 }
 
+/// How a weight is packed, if it is not transformed.
+fn packing(cast: &Cast, to: &DeviceMxTensor, axis: Axis) -> QuantizeDesc {
+    let scale_rule = cast.scale.map(Into::into);
+    QuantizeDesc { spec: to.layout().spec, axis, scale_rule, ..Default::default() }
+}
+
 /// A weight in its format.
 fn weight(
     stream: &mut Stream<'_>,
@@ -653,13 +673,12 @@ fn weight(
         Made::AsIs(_) | Made::Shared(_) => Ok(()),
         Made::Cast(tensor) => add::cast(stream, w, tensor),
         Made::Packed(tensor) => {
-            let spec = tensor.layout().spec;
-            let scale_rule = cast.scale.map(Into::into);
+            let desc = packing(cast, tensor, axis);
             if hadamard.is_none() {
-                let desc = QuantizeDesc { spec, axis, scale_rule, ..Default::default() };
                 return Quantize::new(&ctx, &desc)?.record(stream, w, tensor);
             }
-            let side = Some(Side { spec, scale_rule, rounding: Rounding::NearestEven, hadamard });
+            let QuantizeDesc { spec, scale_rule, rounding, .. } = desc;
+            let side = Some(Side { spec, scale_rule, rounding, hadamard });
             let (rows, columns) = match axis {
                 Axis::One => (side, None),
                 Axis::Zero => (None, side),

@@ -17,7 +17,7 @@
 
 use crate::engine::buffer::{DType, Ids, Tensor};
 use crate::engine::{Context, Stream};
-use crate::kernels::adamw::{AdamW, AdamWDesc, AdamWState};
+use crate::kernels::adamw::{AdamW, AdamWDesc, AdamWState, StepScalars};
 use crate::kernels::cross_entropy::{IGNORED, cross_entropy};
 use crate::kernels::embedding::{self, EmbeddingGradient};
 use crate::kernels::oscillation::{Action, Oscillation};
@@ -729,11 +729,40 @@ impl Model {
         routed.map(|r| (format!("{}.bias", params[r.router.0].name), &mut r.bias))
     }
 
-    /// Records the packing of all weights, after they changed.
-    pub fn prepare(&mut self, stream: &mut Stream<'_>, draws: Draws) -> Result<()> {
+    /// Records a step of the optimizer, and the packing of what it has just written for the forward products: then
+    /// [`Model::prepare`] has the rest to do. `norm` is [`crate::kernels::GradientNorm`]'s.
+    pub fn update(
+        &mut self,
+        stream: &mut Stream<'_>,
+        norm: &Tensor,
+        scalars: impl Fn(&Param) -> StepScalars,
+    ) -> Result<()> {
         let Model { params, blocks, extra, heads, head, .. } = self;
-        all_linears(blocks, extra, heads, *head)
-            .try_for_each(|(id, linear)| linear.prepare(stream, &params[id].value, draws))
+        let mut firsts: Vec<_> = params.iter().map(|_| None).collect();
+        for (id, linear) in all_linears(blocks, extra, heads, *head) {
+            firsts[id].get_or_insert(linear);
+        }
+        for (p, linear) in params.iter_mut().zip(firsts) {
+            let scalars = scalars(p);
+            let Param { adam, grad, value, state, .. } = p;
+            match linear.and_then(MxLinear::packing) {
+                Some((desc, packed)) => adam
+                    .record_quantized(stream, &scalars, grad, norm, value, state, &desc, packed)?,
+                None => adam.record(stream, &scalars, grad, norm, value, state)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Records the packing of all weights, after they changed. `updated`: by [`Model::update`], and by nothing since.
+    pub fn prepare(&mut self, stream: &mut Stream<'_>, draws: Draws, updated: bool) -> Result<()> {
+        let Model { params, blocks, extra, heads, head, .. } = self;
+        // Extra heads have the main one's weight: it is packed for the first of a weight's layers.
+        let mut packed = vec![updated; params.len()];
+        all_linears(blocks, extra, heads, *head).try_for_each(|(id, linear)| {
+            let packed = std::mem::take(&mut packed[id]);
+            linear.prepare(stream, &params[id].value, draws, packed)
+        })
     }
 
     /// Records a forward pass over the batch, for the main head's loss. With `scale`, all heads' losses and a backward pass as
