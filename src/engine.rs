@@ -164,6 +164,7 @@ impl Context {
             limits.max_storage_buffer_binding_size =
                 limits.max_storage_buffer_binding_size.min(bytes);
         }
+        const BLOCK: u64 = 32 << 20;
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("microscaling"),
             required_features: Caps::useful_features(adapter) - options.without,
@@ -172,6 +173,11 @@ impl Context {
             // as naga and the driver are known to take them; without it, or on a device that a host opened without,
             // that tier is not there.
             experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
+            // Larger tensors have memory of their own: a few hundred megabytes each would leave much of wgpu's blocks of 256 MiB
+            // unused.
+            memory_hints: wgpu::MemoryHints::Manual {
+                suballocated_device_memory_block_size: BLOCK..BLOCK,
+            },
             ..Default::default()
         };
         #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
