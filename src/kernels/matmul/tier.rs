@@ -23,6 +23,9 @@ pub(crate) enum Fragments {
     Wgsl,
     /// Without cooperative matrices.
     Emulated,
+    /// Of E4M3, by SPIR-V of this crate's or without cooperative matrices: k positions at a time. No product's usual tile: they
+    /// take the place of [`Fragments::Spirv`] and [`Fragments::Emulated`] where `fp8.rs` says so.
+    E4m3 { k: u32, emulated: bool },
 }
 
 /// The work of a workgroup.
