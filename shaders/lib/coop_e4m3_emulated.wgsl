@@ -42,8 +42,18 @@ fn e4m3_at(unit: u32, e: u32) -> f32 {
     return e4m3_value((word >> (8u * (e % 4u))) & 0xffu);
 }
 
-fn a_at(row: u32, k: u32) -> f32 { return e4m3_at(a_fragment(row, k / FRAGMENT_K), k % FRAGMENT_K); }
-fn b_at(row: u32, k: u32) -> f32 { return e4m3_at(b_fragment(row, k / FRAGMENT_K), k % FRAGMENT_K); }
+// The place of the position that f16's fragments have at k: in this order the sums have their bits.
+fn e4m3_place(k: u32) -> u32 { return (k & ~7u) | select(((k & 1u) << 2u) | ((k & 7u) >> 1u), ((k & 3u) << 1u) | ((k & 7u) >> 2u), PAIRS); }
+
+fn a_at(row: u32, k: u32) -> f32 {
+    let e = e4m3_place(k);
+    return e4m3_at(a_fragment(row, e / FRAGMENT_K), e % FRAGMENT_K);
+}
+
+fn b_at(row: u32, k: u32) -> f32 {
+    let e = e4m3_place(k);
+    return e4m3_at(b_fragment(row, e / FRAGMENT_K), e % FRAGMENT_K);
+}
 
 fn strip_fragments(sums: ptr<function, Sums>, i: u32, subgroup_m: u32, b_row: u32, lane: u32) {
     for (var j = 0u; j < FN; j++) {
