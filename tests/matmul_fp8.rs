@@ -198,7 +198,9 @@ impl Problem {
             counts[usize::from(left)] += 1;
             let want = if left { &[0xa5, 0x7f, 0xa5, 0x7f] } else { &y[at * 4..][..4] };
             if &alone[at * 4..][..4] != want {
-                return Err(format!("({i}, {j}): {left} {:?} {want:?}", &alone[at * 4..][..4]).into());
+                return Err(
+                    format!("({i}, {j}): {left} {:?} {want:?}", &alone[at * 4..][..4]).into()
+                );
             }
         }
         Ok(counts)
@@ -330,7 +332,8 @@ fn nan_and_zero(ctx: &Context, _: usize) -> Result<(), Failed> {
         true => None,
         false => inside(row, block),
     });
-    let b = operand(2, MXFP4, [n, k], |row, block| if row == 5 { None } else { inside(row, block) });
+    let b =
+        operand(2, MXFP4, [n, k], |row, block| if row == 5 { None } else { inside(row, block) });
     let with_nan = |x: &MxTensor, row: usize, block: usize| {
         let (codes, mut scales, _) = x.clone().into_parts();
         scales[row * x.layout().blocks() + block] = 255;
@@ -389,9 +392,8 @@ fn grouped_and_packed(ctx: &Context, _: usize) -> Result<(), Failed> {
     let (a, b) = (ctx.upload_mx(&a)?, ctx.upload_mx(&b)?);
     let (device, queue) = ctx.wgpu().expect("a GPU");
     let words: Vec<u32> = vec![0, 0, 20, 10, 0, 1];
-    let usage = wgpu::BufferUsages::STORAGE
-        | wgpu::BufferUsages::COPY_SRC
-        | wgpu::BufferUsages::COPY_DST;
+    let usage =
+        wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
     let buffer = device.create_buffer(&wgpu::BufferDescriptor {
         label: None,
         size: 24,

@@ -101,7 +101,10 @@ impl Component {
                     bits: 16,
                     encoding: ENCODING_BFLOAT16,
                     extension: "SPV_KHR_bfloat16",
-                    capabilities: [CAPABILITY_BFLOAT16_TYPE, CAPABILITY_BFLOAT16_COOPERATIVE_MATRIX],
+                    capabilities: [
+                        CAPABILITY_BFLOAT16_TYPE,
+                        CAPABILITY_BFLOAT16_COOPERATIVE_MATRIX,
+                    ],
                     contracted: None,
                 });
             }

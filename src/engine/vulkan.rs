@@ -6,9 +6,7 @@ use std::ffi::{CStr, c_void};
 
 use ash::vk;
 
-use super::caps::vulkan::{
-    BFLOAT16, FLOAT8, Float8Features, configurations, e4m3_matrices_of,
-};
+use super::caps::vulkan::{BFLOAT16, FLOAT8, Float8Features, configurations, e4m3_matrices_of};
 use crate::{Error, Result};
 
 const EXTENSION: &CStr = c"VK_KHR_shader_bfloat16";

@@ -158,7 +158,9 @@ pub(crate) fn e4m3_matrices(
     match features {
         None => return Err("the driver has no VK_EXT_shader_float8".into()),
         Some(fp8) if fp8.types != vk::TRUE || fp8.cooperative_matrix != vk::TRUE => {
-            return Err("VK_EXT_shader_float8 is there, shaderFloat8CooperativeMatrix is not".into());
+            return Err(
+                "VK_EXT_shader_float8 is there, shaderFloat8CooperativeMatrix is not".into()
+            );
         }
         Some(_) => {}
     }
@@ -176,7 +178,9 @@ pub(crate) fn e4m3_matrices(
     [32, 16].into_iter().find(|k| list.iter().any(|c| usable(&c, *k))).ok_or_else(|| {
         let found: Vec<_> = list.iter().filter(fp8).map(Configuration::to_string).collect();
         match found.is_empty() {
-            true => "VK_EXT_shader_float8 is there, but no cooperative configuration uses FP8".into(),
+            true => {
+                "VK_EXT_shader_float8 is there, but no cooperative configuration uses FP8".into()
+            }
             false => format!(
                 "16x16x32 or 16x16x16 e4m3·e4m3→f32 of a subgroup is needed, the driver lists {}",
                 found.join(", ")
@@ -283,7 +287,11 @@ mod tests {
         }
         let has = || Some(Float8Features::new(true, true));
         says(has(), &[], "no cooperative configuration uses FP8");
-        says(has(), &[configuration([16; 3], [F16, F16, F32])], "no cooperative configuration uses");
+        says(
+            has(),
+            &[configuration([16; 3], [F16, F16, F32])],
+            "no cooperative configuration uses",
+        );
         // All that is listed, and unusable.
         let workgroup = Configuration { subgroup: false, ..usable.clone() };
         let mut sums = usable.clone();

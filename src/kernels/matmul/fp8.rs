@@ -128,7 +128,13 @@ pub(super) fn windows(
         buffers.push(&windows);
         let groups = (rows * blocks).div_ceil(WORKGROUP as usize) as u64;
         let spec = layout.spec;
-        stream.dispatch(&name(spec, *across), || kernel(spec, *across), &params, &buffers, groups)?;
+        stream.dispatch(
+            &name(spec, *across),
+            || kernel(spec, *across),
+            &params,
+            &buffers,
+            groups,
+        )?;
         first += anchors(side);
     }
     Ok((windows, starts.last().copied().unwrap_or(0)))

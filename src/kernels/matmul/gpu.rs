@@ -1224,7 +1224,9 @@ pub fn kernels() -> Vec<Kernel> {
         }
     }
     let mut windowed = Vec::new();
-    for way in [(32, false), (16, false), (32, true)].map(|(k, emulated)| fp8::Way::new(k, emulated)) {
+    for way in
+        [(32, false), (16, false), (32, true)].map(|(k, emulated)| fp8::Way::new(k, emulated))
+    {
         windowed.extend(variants.iter().filter(|v| v.is_for_e4m3()).flat_map(|v| v.windowed(way)));
     }
     variants.extend(windowed.into_iter().flatten());
