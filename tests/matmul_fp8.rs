@@ -29,16 +29,27 @@ const TESTS: &[(&str, Test)] = &[
     ("what_is_not_for_fp8", not_for_fp8),
 ];
 
+/// Where there is no f16 (or it is left out) for the other tiles.
+const ALONE: &[(&str, Test)] = &[("fp8_alone_keeps_the_bound", alone)];
+
 const FP8: &str = " emulated in FP8";
+const WITHOUT: &str = " emulated in FP8 without f16";
 
 fn main() {
-    let forms = [Form {
-        what: FP8,
-        options: Options { emulate_tensor: true, emulate_fp8: true, ..Default::default() },
-        steps: [1, 1],
-        needs: (wgpu::Features::SHADER_F16, "no f16 in shaders"),
-    }];
-    engines::run(|form| if form == FP8 { TESTS.to_vec() } else { vec![] }, &forms, vec![]);
+    let f16 = wgpu::Features::SHADER_F16;
+    let options = Options { emulate_tensor: true, emulate_fp8: true, ..Default::default() };
+    let without = Options { without: f16, ..options.clone() };
+    let none = (wgpu::Features::empty(), "");
+    let forms = [
+        Form { what: FP8, options, steps: [1, 2], needs: (f16, "no f16 in shaders") },
+        Form { what: WITHOUT, options: without, steps: [1, 1], needs: none },
+    ];
+    let suite = |form: &str| match form {
+        FP8 => TESTS.to_vec(),
+        WITHOUT => ALONE.to_vec(),
+        _ => vec![],
+    };
+    engines::run(suite, &forms, vec![]);
 }
 
 // ---- Operands ------------------------------------------------------------------------------------------------------
@@ -213,7 +224,7 @@ fn never(_: usize) -> bool {
     false
 }
 
-fn same_bits(ctx: &Context, _: usize) -> Result<(), Failed> {
+fn same_bits(ctx: &Context, step: usize) -> Result<(), Failed> {
     let with = |block| MXFP4.with_block(block);
     let square = |side| Operand::from(with(Block::Square(side)));
     let v16 = with(Block::Vector(16));
@@ -228,6 +239,7 @@ fn same_bits(ctx: &Context, _: usize) -> Result<(), Failed> {
     ]
     .into_iter()
     .enumerate()
+    .step_by(step)
     {
         let make = |seed, operand: Operand, lines: usize| {
             let microscaling::kernels::matmul::Values::Mx(spec) = operand.values else { panic!() };
@@ -276,6 +288,39 @@ fn transposed_of(seed: u64, spec: MxSpec, [lines, long]: [usize; 2]) -> MxTensor
     let layout = *x.layout();
     let scales = words(seed, layout.scales_len()).iter().map(|w| 120 + (w % 12) as u8).collect();
     MxTensor::from_parts(layout, x.codes().to_vec(), scales, 1.0).unwrap()
+}
+
+/// Lines with blocks all over the window, zeros, a NaN, and one line that is not FP8's.
+fn alone(ctx: &Context, _: usize) -> Result<(), Failed> {
+    for k in [128, 97] {
+        let shape @ [m, n, _] = [100, 70, k];
+        let a = operand(1, MXFP4, [m, k], |row, block| match (row, block) {
+            (80, 2) => Some(WINDOW + 1),
+            (7, _) => None,
+            _ => inside(row, block),
+        });
+        let b = operand(2, MXFP4, [n, k], inside);
+        let (codes, mut scales, _) = b.clone().into_parts();
+        scales[5 * b.layout().blocks() + 1] = 255;
+        let b = MxTensor::from_parts(*b.layout(), codes, scales, 1.0)?;
+        let problem = Problem::new(desc(MXFP4, MXFP4, shape), a, b);
+        let y = problem.run(ctx, By::Fp8Alone)?;
+        let (a, b) = (Lines::mx(&problem.a, false), Lines::mx(&problem.b, false));
+        let want = product(Tier::Tensor, &a, &b, 1.0);
+        let [bm, _] = problem.tile(ctx)?;
+        let mut left = 0;
+        for at in (0..m * n).filter(|at| at / n / bm == 80 / bm) {
+            left += 1;
+            assert_eq!(y[at * 4..][..4], [0xa5, 0x7f, 0xa5, 0x7f], "({}, {})", at / n, at % n);
+        }
+        assert!(left > 0 && left < m * n);
+        let rows: Vec<usize> = (0..m).filter(|i| i / bm != 80 / bm).collect();
+        let pick = |i: &usize| y[i * n * 4..][..n * 4].to_vec();
+        let got: Vec<u8> = rows.iter().flat_map(pick).collect();
+        let want: Vec<_> = rows.iter().flat_map(|i| want[i * n..][..n].to_vec()).collect();
+        compare(DType::F32, false, &got, &want, n)?;
+    }
+    Ok(())
 }
 
 /// A block at the window's end is FP8's, one further is not; both are right.
@@ -477,6 +522,5 @@ fn not_for_fp8(ctx: &Context, _: usize) -> Result<(), Failed> {
     let other = MatmulDesc { tier: Tier::Exact, ..desc(MXFP4, MXFP4, [40, 33, 64]) };
     assert!(!Matmul::new(ctx, &other)?.uses_fp8());
     assert_eq!(MXFP4.element, Element::E2M1);
-    // Operands that cannot be bound at once are f16's.
     Ok(())
 }
