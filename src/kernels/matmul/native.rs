@@ -197,6 +197,7 @@ impl Matmul {
             slice: None,
             native: Some(native),
             forced: None,
+            e4m3: None,
         })
     }
 
