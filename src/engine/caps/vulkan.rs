@@ -272,18 +272,22 @@ mod tests {
         let all = Float8Features::new(true, true);
         let usable = configuration([16, 16, 32], [E4M3, E4M3, F32]);
         let short = configuration([16; 3], [E4M3, E4M3, F32]);
-        assert_eq!(e4m3_matrices(Some(&all), &[usable.clone()]), Ok(32));
-        assert_eq!(e4m3_matrices(Some(&all), &[short.clone()]), Ok(16));
+        assert_eq!(e4m3_matrices(Some(&all), std::slice::from_ref(&usable)), Ok(32));
+        assert_eq!(e4m3_matrices(Some(&all), std::slice::from_ref(&short)), Ok(16));
         assert_eq!(e4m3_matrices(Some(&all), &[short, usable.clone()]), Ok(32));
 
         let says = |features: Option<Float8Features>, list: &[Configuration], part: &str| {
             let reason = e4m3_matrices(features.as_ref(), list).unwrap_err();
             assert!(reason.contains(part), "{reason:?} lacks {part:?}");
         };
-        says(None, &[usable.clone()], "no VK_EXT_shader_float8");
+        says(None, std::slice::from_ref(&usable), "no VK_EXT_shader_float8");
         for (types, matrices) in [(true, false), (false, true), (false, false)] {
             let features = Float8Features::new(types, matrices);
-            says(Some(features), &[usable.clone()], "shaderFloat8CooperativeMatrix is not");
+            says(
+                Some(features),
+                std::slice::from_ref(&usable),
+                "shaderFloat8CooperativeMatrix is not",
+            );
         }
         let has = || Some(Float8Features::new(true, true));
         says(has(), &[], "no cooperative configuration uses FP8");
