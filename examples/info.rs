@@ -7,9 +7,12 @@
 mod evidence;
 #[path = "shared/output.rs"]
 mod output;
+#[path = "shared/program.rs"]
+mod program;
 
 use std::io::Write;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use clap::Parser;
 use microscaling::engine::{self, caps::Caps};
@@ -41,12 +44,8 @@ struct Args {
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-fn main() {
-    env_logger::init();
-    if let Err(error) = run(&Args::parse()) {
-        eprintln!("error: {error}");
-        std::process::exit(1);
-    }
+fn main() -> ExitCode {
+    program::run(|| run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {

@@ -8,10 +8,13 @@
 mod input;
 #[path = "shared/output.rs"]
 mod output;
+#[path = "shared/program.rs"]
+mod program;
 
 use std::borrow::Cow;
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
@@ -77,13 +80,8 @@ fn format() -> impl TypedValueParser<Value = Values> {
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
-fn main() {
-    env_logger::init();
-    if let Err(error) = run(&Args::parse()) {
-        // One line, whatever a driver says.
-        eprintln!("error: {}", error.to_string().lines().collect::<Vec<_>>().join(" "));
-        std::process::exit(1);
-    }
+fn main() -> ExitCode {
+    program::run(|| run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {

@@ -9,9 +9,12 @@
 mod input;
 #[path = "shared/output.rs"]
 mod output;
+#[path = "shared/program.rs"]
+mod program;
 
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
@@ -106,13 +109,8 @@ fn one_of<T: Clone + Send + Sync + 'static, const N: usize>(
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
-fn main() {
-    env_logger::init();
-    if let Err(error) = run(&Args::parse()) {
-        // One line, whatever a driver says.
-        eprintln!("error: {}", error.to_string().lines().collect::<Vec<_>>().join(" "));
-        std::process::exit(1);
-    }
+fn main() -> ExitCode {
+    program::run(|| run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {

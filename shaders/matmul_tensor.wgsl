@@ -1,7 +1,8 @@
 // matmul_tensor: a tile of BM × BN outputs a workgroup, by cooperative matrices: both operands decoded to f16 in workgroup
 // memory, sums in f32. A subgroup of 32 has FM × FN fragments.
 // Numerics: bounded. Operands are f16 relative to their lines' anchors: exact down to 2^-24 of the scale, see
-//           lib/operand_halves.wgsl; sums are the device's.
+//           lib/operand_halves.wgsl; sums are the device's. E4M3: in eight bits, of lines for which that is exact,
+//           lib/nibbles_e4m3.wgsl; the same kernel in f16 has the other tiles, lib/window.wgsl.
 // Order:    k is read in chunks of 128, a stage of 32 positions being 8 of each of the chunk's four blocks of 32: an invocation
 //           then decodes codes of one block, which it loaded at once. Any order serves that both operands share.
 // Dispatch: tiles_m · tiles_n · batch workgroups, spread over x and y
@@ -9,11 +10,13 @@
 const BM = SUBGROUPS_M * FM * FRAGMENT;
 const BN = SUBGROUPS_N * FN * FRAGMENT;
 const STRIP_ROWS = SUBGROUPS_M * FRAGMENT;
-// 16-byte units of a row of a stage, one of them to spread the rows over the banks.
-const PITCH = 5u;
+// Units of eight positions (16 bytes, E4M3: 8) of a row of a stage; the fifth spreads the rows over the banks, and so does
+// the sixth of the smaller ones, with rows still whole 16 bytes apart.
+const PITCH = select(5u, 6u, E4M3);
 // SLICES groups of subgroups share a tile: each has every SLICES-th chunk of k to itself, and memory of its own.
 const TILE_UNITS = (BM + BN) * PITCH;
-const STRIP_VECTORS = STRIP_ROWS * BN / 4u;
+// Units of a strip of sums.
+const STRIP_VECTORS = STRIP_ROWS * BN / select(4u, 2u, E4M3);
 // Four invocations a row; A_UNITS and B_UNITS rows an invocation.
 const ROW_STEP = WG / SLICES / 4u;
 const A_ROW0 = 0u;
@@ -35,15 +38,15 @@ fn lane_part() -> u32 { return own_part; }
 fn a_within(row: u32, limit: u32) -> u32 { return select(min(row, limit), row, A_WHOLE); }
 fn b_within(row: u32, limit: u32) -> u32 { return select(min(row, limit), row, B_WHOLE); }
 
-// Where the fragment of 16 (8) rows from `row` on and of positions s · FRAGMENT … lies.
+// Where the fragment of 16 (8) rows from `row` on and of positions s · FRAGMENT_K … lies.
 fn a_fragment(row: u32, s: u32) -> u32 {
     if (A_COLUMNS) { return s * FRAGMENT * A_PITCH + row / 8u; }
-    return row * PITCH + s * (FRAGMENT / 8u);
+    return row * PITCH + s * (FRAGMENT_K / 8u);
 }
 
 fn b_fragment(row: u32, s: u32) -> u32 {
     if (B_COLUMNS) { return B_ROW0 * PITCH + s * FRAGMENT * B_PITCH + row / 8u; }
-    return (B_ROW0 + row) * PITCH + s * (FRAGMENT / 8u);
+    return (B_ROW0 + row) * PITCH + s * (FRAGMENT_K / 8u);
 }
 
 @compute @workgroup_size(WG)
@@ -51,6 +54,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         @builtin(local_invocation_index) lane: u32) {
     let tile = tile_place(wg.y * wgs.x + wg.x, lane);
     if (!tile_uniformly_there(tile, lane)) { return; }
+    if (!tile_taken(tile, lane)) { return; }
     own_slice = lane / (WG / SLICES);
     let subgroup = lane % (WG / SLICES) / 32u;
     let subgroup_m = subgroup / SUBGROUPS_N;

@@ -1,6 +1,6 @@
-// rmsnorm_backward: with n = x · rstd and w = dy · gain, dx = rstd · (w − n · mean(w · n)) + dres, and each workgroup's part of
-// dgain = Σ over rows of dy · n.
-// Layout:   x, dy, dx, dres[rows, quads of 4 columns] · gain[quads] · rstd[rows] · parts[groups, quads]; quads ≤ LANES · HELD
+// rmsnorm_backward: with n = x · rstd and w = dy · gain, dx = rstd · (w − n · mean(w · n)), added to what dx holds if RESIDUAL;
+// and each workgroup's part of dgain = Σ over rows of dy · n.
+// Layout:   x, dy, dx[rows, quads of 4 columns] · gain[quads] · rstd[rows] · parts[groups, quads]; quads ≤ LANES · HELD
 // Numerics: f32; a slot's rows in ascending order, then its workgroup's slots
 // Dispatch: ceil(rows / p.per_group) workgroups, spread over x and y; LANES invocations a row, which they hold in registers
 // Twin:     src/kernels/rmsnorm.rs
@@ -61,7 +61,9 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         for (var i = 0u; i < HELD; i++) { // unroll
             let q = first + i * LANES;
             if (there && q < p.quads) {
-                dx[start + q] = dx_set((w[i] - n[i] * mean) * r + residual_gradient(start + q));
+                var d = (w[i] - n[i] * mean) * r;
+                if (RESIDUAL) { d += dx_get(dx[start + q]); }
+                dx[start + q] = dx_set(d);
             }
         }
     }

@@ -1,5 +1,5 @@
-// swiglu_backward: gu = [g, u], dh → dgu = [dh · u · σ(g) · (1 + g · σ(−g)), dh · silu(g)].
-// Layout:   gu, dgu[rows, 2 · quads of 4 columns], g first · dh[rows, quads]
+// swiglu_backward: gu = [g, u], dh → gu = [dh · u · σ(g) · (1 + g · σ(−g)), dh · silu(g)].
+// Layout:   gu[rows, 2 · quads of 4 columns], g first · dh[rows, quads]
 // Numerics: f32, with WGSL's exp and division; g → ±∞ gives the limits
 // Dispatch: ceil(vectors / (WG · STEPS)) workgroups, spread over x and y
 // Twin:     src/kernels/swiglu.rs
@@ -10,9 +10,8 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> gu: array<gu_Quad>;
+@group(0) @binding(1) var<storage, read_write> gu: array<gu_Quad>;
 @group(0) @binding(2) var<storage, read> dh: array<dh_Quad>;
-@group(0) @binding(3) var<storage, read_write> dgu: array<dgu_Quad>;
 
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3<u32>,
@@ -22,6 +21,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     var ups: array<gu_Quad, STEPS>;
     var ds: array<dh_Quad, STEPS>;
     for (var i = 0u; i < STEPS; i++) { // unroll
+        // Beyond the end whatever the last one is by now: it goes nowhere.
         let at = min(first + i * WG, p.vectors - 1u);
         let gate = at + at / p.quads * p.quads;
         gates[i] = gu[gate];
@@ -36,8 +36,8 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         let s = sigmoid(g);
         if (at < p.vectors) {
             let gate = at + at / p.quads * p.quads;
-            dgu[gate] = dgu_set(d * u * (s.plus * (1.0 + at_most(at_least(g)) * s.minus)));
-            dgu[gate + p.quads] = dgu_set(d * (at_least(g) * s.plus));
+            gu[gate] = gu_set(d * u * (s.plus * (1.0 + at_most(at_least(g)) * s.minus)));
+            gu[gate + p.quads] = gu_set(d * (at_least(g) * s.plus));
         }
     }
 }

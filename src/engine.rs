@@ -68,6 +68,8 @@ pub struct Options {
     pub max_binding: Option<u64>,
     /// Emulate cooperative matrices where the device has none, so that [`crate::Tier::Tensor`] runs; for tests, slow.
     pub emulate_tensor: bool,
+    /// Emulate its products in FP8 as well, for E2M1 operands; for tests, with [`Options::emulate_tensor`].
+    pub emulate_fp8: bool,
     /// Ask for the graphics API's validation layers (slow; messages go to `log`).
     pub validation: bool,
     /// Where the native routes' libraries are, if not where the system looks.
@@ -165,6 +167,7 @@ impl Context {
             limits.max_storage_buffer_binding_size =
                 limits.max_storage_buffer_binding_size.min(bytes);
         }
+        const BLOCK: u64 = 32 << 20;
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("microscaling"),
             required_features: Caps::useful_features(adapter) - options.without,
@@ -173,6 +176,11 @@ impl Context {
             // as naga and the driver are known to take them; without it, or on a device that a host opened without,
             // that tier is not there.
             experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
+            // Larger tensors have memory of their own: a few hundred megabytes each would leave much of wgpu's blocks of 256 MiB
+            // unused.
+            memory_hints: wgpu::MemoryHints::Manual {
+                suballocated_device_memory_block_size: BLOCK..BLOCK,
+            },
             ..Default::default()
         };
         #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
@@ -181,7 +189,9 @@ impl Context {
             if extras != vulkan::Extras::default() {
                 let (device, queue) = vulkan::open(adapter, &descriptor, extras)?;
                 let mut gpu = Gpu::new(device, queue, adapter, true, options.emulate_tensor);
+                gpu.emulate_fp8 = options.emulate_fp8;
                 gpu.bf16_matrices = extras.bf16;
+                gpu.e4m3_matrices = extras.e4m3;
                 gpu.external_semaphores = extras.external_semaphores;
                 gpu.libraries = options.libraries.clone();
                 gpu.native_from = options.native_from.unwrap_or(crate::native::SMALLEST);
@@ -193,6 +203,7 @@ impl Context {
             .await
             .map_err(|error| Error::Gpu(format!("opening {}: {error}", adapter.get_info().name)))?;
         let mut gpu = Gpu::new(device, queue, adapter, true, options.emulate_tensor);
+        gpu.emulate_fp8 = options.emulate_fp8;
         gpu.libraries = options.libraries.clone();
         gpu.native_from = options.native_from.unwrap_or(crate::native::SMALLEST);
         Ok(Context { engine: Arc::new(Engine::Gpu(Box::new(gpu))) })

@@ -106,6 +106,11 @@ fn y(dir: &Dir, dtype: Dtype) -> Vec<u8> {
 }
 
 #[test]
+fn a_closed_pipe_is_quiet() {
+    operands().unread(&[&FILES[..], &["--device", "cpu"]].concat());
+}
+
+#[test]
 fn the_exact_tier_has_the_same_bytes_on_every_engine() {
     let dir = operands();
     let [a, b] = values();

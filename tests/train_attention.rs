@@ -29,6 +29,7 @@ const TIERS: &[(&str, Test)] = &[
     ("later_tokens_change_nothing_earlier", later_tokens_change_nothing_earlier),
     ("sequences_are_independent", sequences_are_independent),
     ("large_logits", large_logits),
+    ("wide_heads_need_workgroup_memory", wide_heads),
 ];
 
 const EMULATED: &str = " emulated";
@@ -68,8 +69,8 @@ fn operand_rounding(tier: Tier) -> f64 {
 }
 
 /// The tiers to test; the tensor tier alone where it is emulated, since the same driver is tested without emulation too.
-fn tiers(ctx: &Context, dtype: DType) -> Vec<Tier> {
-    let desc = AttentionDesc { batch: 1, seq: 1, heads: 1, head_dim: 16 };
+fn tiers(ctx: &Context, dtype: DType, head_dim: usize) -> Vec<Tier> {
+    let desc = AttentionDesc { batch: 1, seq: 1, heads: 1, head_dim };
     let tensor = Attention::with_tier(ctx, &desc, Tier::Tensor).is_ok();
     match (dtype, tensor) {
         (DType::BF16, true) if ctx.caps().software => vec![Tier::Tensor],
@@ -409,7 +410,7 @@ impl Case {
 
     fn check(&self, ctx: &Context, dtype: DType, seed: u64, size: f32) -> Result<(), Failed> {
         let (qkv, dout) = self.inputs(dtype, seed, size);
-        for tier in tiers(ctx, dtype) {
+        for tier in tiers(ctx, dtype, self.dim) {
             let got = self.run(ctx, tier, dtype, &qkv, &dout)?;
             let want = self.reference(&qkv, &dout, dtype, tier);
             let compare = |what: &str, dtype, got: &[u8], want: &Bounded| {
@@ -491,7 +492,7 @@ fn gradients_equal_finite_differences(ctx: &Context, _: usize) -> Result<(), Fai
 fn later_tokens_change_nothing_earlier(ctx: &Context, _: usize) -> Result<(), Failed> {
     let case = Case { batch: 1, seq: 100, heads: 2, dim: 16 };
     for dtype in [DType::F32, DType::BF16] {
-        for tier in tiers(ctx, dtype) {
+        for tier in tiers(ctx, dtype, case.dim) {
             // Larger scores exceed what tensor cores' weights are relative to, in some rows and not in others.
             for size in if tier == Tier::Tensor { &[1.0, 10.0][..] } else { &[1.0] } {
                 later_tokens(ctx, &case, tier, dtype, *size)?;
@@ -538,7 +539,7 @@ fn later_tokens(
 fn sequences_are_independent(ctx: &Context, _: usize) -> Result<(), Failed> {
     let case = Case { batch: 3, seq: 66, heads: 2, dim: 16 };
     for (dtype, tier) in [(DType::F32, Tier::Alu), (DType::BF16, Tier::Tensor)] {
-        if !tiers(ctx, dtype).contains(&tier) {
+        if !tiers(ctx, dtype, case.dim).contains(&tier) {
             continue;
         }
         let (qkv, dout) = case.inputs(dtype, 40, 1.0);
@@ -624,6 +625,32 @@ fn tiers_are_as_asked_for(ctx: &Context, _: usize) -> Result<(), Failed> {
         Err(error) => {
             assert!(error.to_string().contains("cooperative matrices"), "{error}");
             assert_eq!(best.tier(DType::BF16), Tier::Alu);
+            assert!(best.why().contains("cooperative matrices"), "{}", best.why());
+        }
+    }
+    assert_eq!(alu.why(), "asked for");
+    Ok(())
+}
+
+/// Two matrices of scores, two rounds of 32 rows, and a little more, as the shaders lay it out.
+fn wide_heads(ctx: &Context, _: usize) -> Result<(), Failed> {
+    let of = |head_dim, tier| {
+        Attention::with_tier(ctx, &AttentionDesc { batch: 1, seq: 1, heads: 1, head_dim }, tier)
+    };
+    let Some((device, _)) = ctx.wgpu().filter(|_| of(16, Tier::Tensor).is_ok()) else {
+        return Ok(());
+    };
+    let limit = device.limits().max_compute_workgroup_storage_size;
+    match of(128, Tier::Tensor) {
+        Ok(_) => assert!(limit >= 37_120, "{limit}"),
+        Err(error) => {
+            let error = error.to_string();
+            assert!(limit < 37_120, "{limit}: {error}");
+            let says = [&format!("{limit}"), "37120 bytes", "workgroup memory", "heads of 128"];
+            assert!(says.iter().all(|text| error.contains(*text)), "{error}");
+            let auto = of(128, Tier::Auto)?;
+            assert_eq!(auto.tier(DType::BF16), Tier::Alu);
+            assert!(auto.why().contains("37120") || auto.why().contains("emulated"));
         }
     }
     Ok(())

@@ -294,6 +294,13 @@ fn an_interrupt_saves() {
     dir.ends_like_the_whole_run();
 }
 
+/// As in `train … | head`.
+#[test]
+fn a_closed_pipe_is_quiet() {
+    Dir::new("train").unread(&["--show-recipe", "mxfp4"]);
+    Dir::new("info").unread(&["--device", "cpu"]);
+}
+
 /// An arm that diverges is told of and does not keep the others from running; without `--resume` all begins anew.
 #[test]
 fn an_arm_that_diverges() {

@@ -4,16 +4,19 @@
 
 mod common;
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 
 use common::engines::{self, Form, PLAIN, Test};
 use common::product::{self, Interval, Lines};
 use common::{gaussian, narrowed, reference, to_f32, words};
 use libtest_mimic::{Failed, Trial};
+use microscaling::kernels::GradientNorm;
+use microscaling::kernels::adamw::StepScalars;
 use microscaling::rng::{ROUNDS, threefry4x32};
 use microscaling::train::checkpoint::Checkpoint;
-use microscaling::train::linear::{Draws, LinearDesc, MxLinear, Step};
-use microscaling::train::model::{Model, ModelDesc, Pass};
+use microscaling::train::linear::{Draws, LinearDesc, MxLinear, Scratch, Step};
+use microscaling::train::model::{Experts, Model, ModelDesc, Param, Pass};
 use microscaling::train::recipe::{
     Cast, Dense, Form as Format, Linear, LossScale, MomentType, PRESETS, Recipe, Reset, Round,
     Scale, Signs,
@@ -33,6 +36,7 @@ const SUITE: &[(&str, Test)] = &[
     ("linear_layers_of_the_presets", presets),
     ("linear_layers_of_other_recipes", combinations),
     ("a_loss_scale_changes_no_bit", loss_scale),
+    ("weights_packed_behind_the_update_are_the_same", packed_behind),
     ("every_preset_learns", learns),
     ("a_run_goes_on_from_a_checkpoint", resumes),
     ("late_forward_is_dense", late_forward),
@@ -125,8 +129,14 @@ fn set_weights(ctx: &Context, model: &mut Model) -> Result<Values, Failed> {
         p.value = ctx.upload(F32, rows, cols, bytemuck::cast_slice(&new))?;
         values.insert(p.name.clone(), widened(&new));
     }
+    // So large that they choose some experts of lower probability.
+    for (seed, (name, bias)) in (200..).zip(model.biases_mut()) {
+        let new: Vec<f32> = gaussian(seed, bias.shape()[1]).iter().map(|v| 0.1 * v).collect();
+        *bias = ctx.upload(F32, 1, new.len(), bytemuck::cast_slice(&new))?;
+        values.insert(name, widened(&new));
+    }
     let mut stream = ctx.stream();
-    model.prepare(&mut stream, DRAWS)?;
+    model.prepare(&mut stream, DRAWS, false)?;
     ctx.submit(stream)?;
     Ok(values)
 }
@@ -139,6 +149,7 @@ fn plain() -> Step<'static> {
 }
 
 /// What a pass over a batch gives.
+#[derive(Clone)]
 struct Outcome {
     losses: Vec<f64>,
     grads: Values,
@@ -218,13 +229,51 @@ fn attention(q: &[f64], k: &[f64], v: &[f64], d: usize) -> Vec<f64> {
     out
 }
 
+/// An expert, or the feed-forward part of a dense block.
+fn swiglu(y: &[f64], gate_up: &[f64], down: &[f64], ffn: usize) -> Vec<f64> {
+    let gate_up = times(y, gate_up, y.len());
+    let h: Vec<f64> =
+        (0..ffn).map(|i| gate_up[i] / (1.0 + (-gate_up[i]).exp()) * gate_up[ffn + i]).collect();
+    times(&h, down, ffn)
+}
+
 /// The model in f64, from what it is said to be.
 struct Reference<'a> {
     desc: &'a ModelDesc,
     batch: &'a [u32],
+    /// Of all tokens so far, the least by which an expert was better than one that was not chosen.
+    margin: Cell<f64>,
 }
 
-impl Reference<'_> {
+impl<'a> Reference<'a> {
+    fn new(desc: &'a ModelDesc, batch: &'a [u32]) -> Reference<'a> {
+        Reference { desc, batch, margin: Cell::new(f64::INFINITY) }
+    }
+
+    /// What the experts make of a token: those with the largest probability plus bias, by their share of the probability of
+    /// all that are chosen.
+    fn mixture(&self, values: &Values, name: &str, y: &[f64], experts: Experts) -> Vec<f64> {
+        let ModelDesc { dim, ffn, .. } = *self.desc;
+        let value = |part: &str| &values[&format!("{name}.{part}")][..];
+        let powers: Vec<f64> = times(y, value("router"), dim).into_iter().map(f64::exp).collect();
+        let total: f64 = powers.iter().sum();
+        let score = |e: usize| powers[e] / total + value("router.bias")[e];
+        let mut order: Vec<usize> = (0..experts.count).collect();
+        order.sort_by(|a, b| score(*b).total_cmp(&score(*a)));
+        let (chosen, rest) = order.split_at(experts.top_k);
+        let margin = score(chosen[chosen.len() - 1]) - score(rest[0]);
+        self.margin.set(self.margin.get().min(margin));
+        let share: f64 = chosen.iter().map(|e| powers[*e]).sum();
+        let mut sum = vec![0.0; dim];
+        for e in chosen {
+            let gate_up = &value("experts.gate_up")[e * 2 * ffn * dim..][..2 * ffn * dim];
+            let down = &value("experts.down")[e * dim * ffn..][..dim * ffn];
+            let out = swiglu(y, gate_up, down, ffn);
+            sum.iter_mut().zip(out).for_each(|(sum, out)| *sum += powers[*e] / share * out);
+        }
+        sum
+    }
+
     fn block(&self, values: &Values, name: &str, s: &[f64]) -> Vec<f64> {
         let ModelDesc { dim, heads, ffn, seq, batch, .. } = *self.desc;
         let value = |part: &str| &values[&format!("{name}.{part}")][..];
@@ -244,12 +293,17 @@ impl Reference<'_> {
             }
         }
         let s = plus(s, &times(&attended, value("out"), dim));
-        let gate_up = times(&rms_norm(&s, value("norm2")), value("gate_up"), dim);
-        let h: Vec<f64> = gate_up
-            .chunks(2 * ffn)
-            .flat_map(|row| (0..ffn).map(|i| row[i] / (1.0 + (-row[i]).exp()) * row[ffn + i]))
-            .collect();
-        plus(&s, &times(&h, value("down"), ffn))
+        let y = rms_norm(&s, value("norm2"));
+        let added: Vec<f64> = match self.desc.experts {
+            None => y
+                .chunks(dim)
+                .flat_map(|y| swiglu(y, value("gate_up"), value("down"), ffn))
+                .collect(),
+            Some(experts) => {
+                y.chunks(dim).flat_map(|y| self.mixture(values, name, y, experts)).collect()
+            }
+        };
+        plus(&s, &added)
     }
 
     /// The mean loss and the logits; head 0 predicts the next token, each further one a token more.
@@ -314,11 +368,13 @@ fn norm(x: &[f64]) -> f64 {
 /// Compares with the reference. Every stage (a kernel that sums) on the way from the tokens to a gradient is off by at most
 /// n · 2^-24, relative to the terms of its sums, of which there are n = 96 at most, plus eight units for what WGSL allows
 /// exp, square root and division. With weights of order one no stage makes the error before it much larger, and a block has
-/// nine stages each way. What is compared with is the root mean square of the tensor beside the element itself.
+/// nine stages each way; with experts four more: the router's product, its softmax, the shares, and the sum over experts. What
+/// is compared with is the root mean square of the tensor beside the element itself.
 fn check(desc: &ModelDesc, batch: &[u32], values: &mut Values, got: &Outcome) {
-    let stages = 18 * (desc.layers + desc.mtp) + 6;
+    let blocks = desc.layers + desc.mtp;
+    let stages = if desc.experts.is_some() { 26 } else { 18 } * blocks + 6;
     let bound = stages as f64 * (96.0 + 8.0) * 2f64.powi(-24);
-    let reference = Reference { desc, batch };
+    let reference = Reference::new(desc, batch);
     let (losses, logits) = reference.forward(values);
     assert_eq!(got.losses.len(), 1 + desc.mtp);
     let mut worst = 0f64;
@@ -335,7 +391,8 @@ fn check(desc: &ModelDesc, batch: &[u32], values: &mut Values, got: &Outcome) {
     for (i, (got, want)) in got.logits.iter().zip(&logits).enumerate() {
         near(&format!("logit {i}"), *got, *want, rms(&logits));
     }
-    assert_eq!(got.grads.len(), 3 + 6 * desc.layers + 7 * desc.mtp);
+    let of_block = if desc.experts.is_some() { 7 } else { 6 };
+    assert_eq!(got.grads.len(), 3 + of_block * blocks + desc.mtp);
     for (seed, (name, grad)) in (0..).zip(&got.grads) {
         // All elements at once, along a random direction of length one; then the largest and some others.
         let direction: Vec<f64> = widened(&gaussian(seed, grad.len()));
@@ -354,14 +411,36 @@ fn check(desc: &ModelDesc, batch: &[u32], values: &mut Values, got: &Outcome) {
     }
     // Not so wide that nothing could be outside.
     assert!(worst > 1e-4, "{worst:e}");
+    // Nor is there a jump between the two ends of a difference, or another choice in f32.
+    assert!(reference.margin.get() > MARGIN / 2.0, "experts change: {}", reference.margin.get());
+}
+
+/// By how much an expert must be better than one that is not chosen: more than twice as much as the pass before the one whose
+/// logits are compared moves the biases (10⁻³ each), and far more than a difference or f32 moves a probability.
+const MARGIN: f64 = 4e-3;
+
+/// A batch whose tokens all choose their experts clearly.
+fn clear_batch(desc: &ModelDesc, values: &Values) -> Vec<u32> {
+    let clear = |batch: &Vec<u32>| {
+        let reference = Reference::new(desc, batch);
+        reference.forward(values);
+        reference.margin.get() > MARGIN
+    };
+    (77..1077).map(|seed| random_batch(desc, seed)).find(clear).expect("no batch has clear choices")
+}
+
+/// One block and one head more, both with experts: the second's gradients go through the first.
+fn experts() -> ModelDesc {
+    let experts = Some(Experts { count: 4, top_k: 2 });
+    ModelDesc { batch: 1, ffn: 32, experts, ..small(1, 1) }
 }
 
 fn gradients(ctx: &Context, _: usize) -> Result<(), Failed> {
-    for (layers, mtp, batch) in [(2, 0, 1), (1, 2, 2)] {
-        let desc = ModelDesc { batch, ..small(layers, mtp) };
+    let dense = |layers, mtp, batch| ModelDesc { batch, ..small(layers, mtp) };
+    for desc in [dense(2, 0, 1), dense(1, 2, 2), experts()] {
         let mut model = Model::new(ctx, &desc, &recipe("f32"), 1)?;
         let mut values = set_weights(ctx, &mut model)?;
-        let batch = random_batch(&desc, 77);
+        let batch = clear_batch(&desc, &values);
         let got = pass(ctx, &mut model, &batch)?;
         check(&desc, &batch, &mut values, &got);
     }
@@ -371,18 +450,21 @@ fn gradients(ctx: &Context, _: usize) -> Result<(), Failed> {
 /// A gradient that is wrong by one in a thousand must show, in each parameter.
 fn comparison_fails() -> Result<(), Failed> {
     let ctx = Context::cpu();
-    let desc = ModelDesc { batch: 1, ..small(1, 0) };
-    let mut model = Model::new(&ctx, &desc, &recipe("f32"), 1)?;
-    let values = set_weights(&ctx, &mut model)?;
-    let batch = random_batch(&desc, 77);
-    for name in values.keys() {
-        let mut got = pass(&ctx, &mut model, &batch)?;
-        let grad = got.grads.get_mut(name).unwrap();
-        grad.iter_mut().for_each(|g| *g *= 1.001);
-        let mut values = values.clone();
-        let (desc, batch) = (desc.clone(), batch.clone());
-        let fails = std::panic::catch_unwind(move || check(&desc, &batch, &mut values, &got));
-        assert!(fails.is_err(), "{name}: a wrong gradient passes");
+    for desc in [ModelDesc { batch: 1, ..small(1, 0) }, experts()] {
+        let mut model = Model::new(&ctx, &desc, &recipe("f32"), 1)?;
+        let values = set_weights(&ctx, &mut model)?;
+        let batch = clear_batch(&desc, &values);
+        let right = pass(&ctx, &mut model, &batch)?;
+        check(&desc, &batch, &mut values.clone(), &right);
+        for name in right.grads.keys() {
+            let mut got = right.clone();
+            let grad = got.grads.get_mut(name).unwrap();
+            grad.iter_mut().for_each(|g| *g *= 1.001);
+            let mut values = values.clone();
+            let (desc, batch) = (desc.clone(), batch.clone());
+            let fails = std::panic::catch_unwind(move || check(&desc, &batch, &mut values, &got));
+            assert!(fails.is_err(), "{name}: a wrong gradient passes");
+        }
     }
     Ok(())
 }
@@ -570,11 +652,11 @@ fn check_linear(
         dx: x_type,
         experts: None,
     };
-    let mut layer = MxLinear::new(ctx, &desc, linear, LAYER, false)?;
+    let mut layer = MxLinear::new(ctx, &desc, linear, LAYER, false, &mut Scratch::default())?;
     let nan = |dtype, rows, cols| upload(dtype, rows, cols, &vec![f32::NAN; rows * cols]);
     let (mut y, mut dx, mut dw) = (nan(x_type, ROWS, N)?, nan(x_type, ROWS, K)?, nan(F32, N, K)?);
     let mut stream = ctx.stream();
-    layer.prepare(&mut stream, &wt, DRAWS)?;
+    layer.prepare(&mut stream, &wt, DRAWS, false)?;
     layer.forward(&mut stream, &xt, &wt, &mut y, plain())?;
     let kept = layer.keeps_x().then_some(&xt);
     layer.backward(&mut stream, kept, &wt, &dyt, &mut dx, &mut dw, plain())?;
@@ -755,6 +837,76 @@ fn loss_scale(ctx: &Context, _: usize) -> Result<(), Failed> {
             assert_eq!((a * 2f32.powi(exponent)).to_bits(), b.to_bits(), "2^{exponent}: {a} {b}");
         }
         assert!(weights.tensors == other.tensors, "2^{exponent}: weights or moments differ");
+    }
+    Ok(())
+}
+
+/// A trainer's steps with an optimizer that packs, against the same one after the other: bit for bit. Columns are such that it
+/// is one dispatch; weights are experts', too, and of two heads.
+fn packed_behind(ctx: &Context, step: usize) -> Result<(), Failed> {
+    let experts = Some(Experts { count: 4, top_k: 2 });
+    let dense = ModelDesc { dim: 128, ffn: 128, ..small(1, 1) };
+    let routed = ModelDesc { mtp: 0, batch: 1, experts, ..dense.clone() };
+    let plain = Recipe { oscillation: None, late_forward: 0.0, ..recipe("mxfp4") };
+    let mut head = plain.clone();
+    head.layers.retain(|layer| layer.name != "head");
+    head.optimizer.master = Dense::Bf16;
+    let cases = [(dense, head), (routed, plain)];
+    for (desc, recipe) in &cases[..if step > 1 { 1 } else { 2 }] {
+        let run = run_desc(recipe.clone(), desc.clone(), 10);
+        let mut trainer = Trainer::new(ctx, &run)?;
+        let mut model = Model::new(ctx, desc, recipe, run.seed)?;
+        let sizes: Vec<usize> =
+            model.params.iter().map(|p| p.grad.shape().iter().product()).collect();
+        let mut norm = GradientNorm::new(ctx, &sizes)?;
+        let mut status = ctx.zeros(F32, 1, 4)?;
+        let mut stream = ctx.stream();
+        let draws = |step| Draws { seed: run.seed, step };
+        model.prepare(&mut stream, draws(1), false)?;
+        for number in 1..=3 {
+            let batch = repetitive_batch(desc, number.into());
+            let lr = trainer.learning_rate(trainer.step());
+            trainer.train(&batch, false)?;
+            model.set_batch(&batch)?;
+            let scale = 2f32.powi(recipe.loss_scale.initial);
+            let pass = Pass { draws: draws(number), count: false };
+            model.record(&mut stream, pass, Some(scale))?;
+            let grads: Vec<&Tensor> = model.params.iter().map(|p| &p.grad).collect();
+            let clip = recipe.optimizer.clip_norm;
+            norm.record(&mut stream, &grads, 1.0 / scale, clip, &mut status)?;
+            for p in &mut model.params {
+                let weight_decay = if p.decay { recipe.optimizer.weight_decay } else { 0.0 };
+                let scalars = StepScalars { step: number, lr, weight_decay, seed: run.seed };
+                p.adam.record(
+                    &mut stream,
+                    &scalars,
+                    &p.grad,
+                    &status,
+                    &mut p.value,
+                    &mut p.state,
+                )?;
+            }
+            model.prepare(&mut stream, draws(number + 1), false)?;
+            ctx.submit(std::mem::replace(&mut stream, ctx.stream()))?;
+        }
+        for (got, want) in trainer.model.params.iter().zip(&model.params) {
+            let name = &want.name;
+            let bytes = |x: &Tensor| ctx.read_blocking(x);
+            assert!(bytes(&got.value)? == bytes(&want.value)?, "{name} differs");
+            for tensor in want.state.tensors() {
+                let bytes = |of: &Param| of.state.read_blocking(ctx, tensor.name);
+                assert!(bytes(got)? == bytes(want)?, "{}: {name} differs", tensor.name);
+            }
+        }
+        let mut packed = 0;
+        for ((id, got), (_, want)) in trainer.model.linears().zip(model.linears()) {
+            let name = &model.params[id].name;
+            let both = got.packed_weight().zip(want.packed_weight());
+            let Some((got, want)) = both else { continue };
+            assert_eq!(ctx.read_mx_blocking(got)?, ctx.read_mx_blocking(want)?, "{name}");
+            packed += 1;
+        }
+        assert!(packed >= 4, "{packed}");
     }
     Ok(())
 }
@@ -1013,7 +1165,7 @@ fn generates() -> Result<(), Failed> {
             .iter()
             .map(|p| Ok((p.name.clone(), widened(&floats(&ctx, &p.value)?))));
         let values: Values = values.collect::<Result<_, Error>>()?;
-        let want = Reference { desc: &desc, batch }.forward(&values).0[0];
+        let want = Reference::new(&desc, batch).forward(&values).0[0];
         let loss = each[each.len() - 1];
         assert!((loss - want).abs() < 1e-4 * want.max(1.0), "{loss} {want}");
     }
@@ -1152,7 +1304,8 @@ fn mismatches() -> Result<(), Failed> {
         dx: F32,
         experts: None,
     };
-    let mut layer = MxLinear::new(&ctx, &desc, &Linear::dense("f32"), 1, false)?;
+    let mut layer =
+        MxLinear::new(&ctx, &desc, &Linear::dense("f32"), 1, false, &mut Scratch::default())?;
     let x = ctx.zeros(F32, 32, 32)?;
     let (mut y, mut dw) = (ctx.zeros(F32, 32, 32)?, ctx.zeros(F32, 32, 32)?);
     let mut stream = ctx.stream();

@@ -15,10 +15,13 @@ mod draw;
 mod measure;
 #[path = "../shared/output.rs"]
 mod output;
+#[path = "../shared/program.rs"]
+mod program;
 mod tune;
 
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
@@ -70,13 +73,8 @@ struct Args {
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
-fn main() {
-    env_logger::init();
-    if let Err(error) = run(&Args::parse()) {
-        // One line, whatever a driver says.
-        eprintln!("error: {}", error.to_string().lines().collect::<Vec<_>>().join(" "));
-        std::process::exit(1);
-    }
+fn main() -> ExitCode {
+    program::run(|| run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {

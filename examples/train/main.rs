@@ -7,11 +7,14 @@ mod interrupt;
 mod metrics;
 #[path = "../shared/output.rs"]
 mod output;
+#[path = "../shared/program.rs"]
+mod program;
 mod progress;
 mod report;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -138,15 +141,11 @@ const LINES: u64 = 200;
 const PROMPT: &[u8] = b"\nfn main() {\n";
 const WRITTEN: usize = 160;
 
-fn main() {
-    if let Err(error) = run() {
-        eprintln!("error: {error}");
-        std::process::exit(1);
-    }
+fn main() -> ExitCode {
+    program::run(run)
 }
 
 fn run() -> Result<()> {
-    env_logger::init();
     let args = Args::parse();
     // The CPU engine's steps are many short parallel loops: this thread takes part in them, and need not be woken after each.
     rayon::ThreadPoolBuilder::new().use_current_thread().build_global()?;

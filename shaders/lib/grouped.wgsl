@@ -11,7 +11,7 @@ fn tile_grouped(place: Tile, tm: u32, lane: u32) -> Tile {
         let valid = start <= end && end <= p.m && expert < p.experts;
         let rows = min(end, p.m) - min(start, min(end, p.m));
         let count = (rows + BM - 1u) / BM;
-        if (!valid && tm == 0u && place.col == 0u && lane == 0u) { atomicAdd(&groups[0], 1u); }
+        if (COUNTS && !valid && tm == 0u && place.col == 0u && lane == 0u) { atomicAdd(&groups[0], 1u); }
         if (tm >= before && tm < before + count) {
             tile.row = start + (tm - before) * BM;
             tile.rows = rows - (tm - before) * BM;

@@ -12,7 +12,7 @@ fn tile_grouped(place: Tile, tm: u32, lane: u32) -> Tile {
     let end = atomicLoad(&groups[2u + g]);
     tile.valid = start <= end && end <= p.k && start % 32u == 0u && end % 32u == 0u;
     own_k = select(vec2<u32>(), vec2<u32>(start, end), tile.valid);
-    if (!tile.valid && tile.there && tm == 0u && place.col == 0u && lane == 0u) { atomicAdd(&groups[0], 1u); }
+    if (COUNTS && !tile.valid && tile.there && tm == 0u && place.col == 0u && lane == 0u) { atomicAdd(&groups[0], 1u); }
     tile.rows = p.m - min(tile.row, p.m);
     tile.y_row = p.y_row + g * p.y_stride + tile.row;
     operands_at(0u, 0u);

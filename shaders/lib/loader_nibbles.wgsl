@@ -1,9 +1,9 @@
 // The tensor tier's loader for E2M1 lines of whole 128 positions: an invocation loads its rows' 32 codes at once, one load
 // of 16 bytes a whole chunk ahead, and decodes a word of them a stage. `op_` as in lib/operand.wgsl, the interface in
-// lib/loader_eight.wgsl; needs lib/nibble_pair.wgsl. PAIRS: the order within eight may be 0, 4, 1, 5, 2, 6, 3, 7, since the
+// lib/loader_eight.wgsl; needs lib/nibbles_*.wgsl. PAIRS: the order within eight may be 0, 4, 1, 5, 2, 6, 3, 7, since the
 // other operand has it too.
 
-struct op_Unit { codes: vec4<u32>, next: vec4<u32>, scale: u32, anchor: u32, factor: vec2<f16>, h: vec4<u32> }
+struct op_Unit { codes: vec4<u32>, next: vec4<u32>, scale: u32, anchor: u32, factor: op_Factor, h: vec4<u32> }
 
 fn op_open(units: ptr<function, array<op_Unit, OP_UNITS>>, row0: u32, limit: u32, r0: u32) {
     for (var u = 0u; u < OP_UNITS; u++) { // unroll
@@ -38,17 +38,9 @@ fn op_decode(units: ptr<function, array<op_Unit, OP_UNITS>>, j: u32) {
             var scale = (*units)[u].scale;
             if (OP_SCALE_WORDS) { scale = (scale >> (8u * lane_part())) & 0xffu; }
             (*units)[u].codes = (*units)[u].next;
-            (*units)[u].factor = op_half_factor(scale, (*units)[u].anchor);
+            (*units)[u].factor = op_block_factor(scale, (*units)[u].anchor);
         }
-        let w = (*units)[u].codes[j];
-        let f = (*units)[u].factor;
-        var h = vec4<u32>(op_scaled(half2(nibble_pair(w, 12u)), f), op_scaled(half2(nibble_pair(w, 8u)), f),
-                          op_scaled(half2(nibble_pair(w, 4u)), f), op_scaled(half2(nibble_pair(w, 0u)), f));
-        if (!PAIRS) {
-            h = vec4<u32>((h.x & 0xffffu) | (h.y << 16u), (h.z & 0xffffu) | (h.w << 16u),
-                          (h.x >> 16u) | (h.y & 0xffff0000u), (h.z >> 16u) | (h.w & 0xffff0000u));
-        }
-        (*units)[u].h = h;
+        (*units)[u].h = op_eight((*units)[u].codes[j], (*units)[u].factor);
     }
 }
 

@@ -36,6 +36,7 @@ struct Params {
     carry: u32,             // packed output: see lib/tile.wgsl
     tensor_scale: u32,
     sums: u32,              // shaders/matmul_join.wgsl: quads of a row of sums
+    windows: u32,           // lib/window.wgsl: where B's start
     key: vec4<u32>,
     counter: vec2<u32>,
     draws: u32,

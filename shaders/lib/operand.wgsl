@@ -24,8 +24,10 @@ fn op_scale(i: u32, k: u32) -> u32 {
 
 // The largest scale byte of the operand's line; 255 if one is NaN. See shaders/anchors.wgsl.
 fn op_anchor(i: u32) -> u32 {
-    return op_state[p.op_anchors + (op_g0 + i) / select(OP_LINES, OP_BLOCK, OP_TRANSPOSED)];
+    return op_state[p.op_anchors + op_anchor_at(i)];
 }
+
+fn op_anchor_at(i: u32) -> u32 { return (op_g0 + i) / select(OP_LINES, OP_BLOCK, OP_TRANSPOSED); }
 
 fn op_tensor_scale() -> u32 { return select(0x3f800000u, op_state[2], OP_SCALE_E4M3); }
 

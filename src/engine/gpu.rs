@@ -27,10 +27,14 @@ pub(crate) struct Gpu {
     pub(crate) max_binding: u64,
     /// Whether the tensor tier may be emulated.
     pub(crate) emulate_tensor: bool,
+    /// Whether its fragments of E4M3 too.
+    pub(crate) emulate_fp8: bool,
     /// The cooperative matrices of the adapter: the sides of A's rows, B's columns and what is contracted, f16 to f32.
     pub(crate) matrices: Vec<[u32; 3]>,
     /// Whether the device was opened with cooperative matrices of 16×16×16, bf16 to f32.
     pub(crate) bf16_matrices: bool,
+    /// What cooperative matrices of 16×16, E4M3 to f32, contract, if the device was opened with them.
+    pub(crate) e4m3_matrices: Option<u32>,
     /// Whether the device was opened with semaphores that other APIs can wait for.
     pub(crate) external_semaphores: bool,
     /// Where native routes' libraries are.
@@ -43,8 +47,17 @@ pub(crate) struct Gpu {
     /// Tiles that were measured.
     pub(crate) tuning: RwLock<Table>,
     pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
-    scratch: Mutex<Option<wgpu::Buffer>>,
+    scratch: Mutex<[Option<wgpu::Buffer>; 2]>,
+    /// Whether what E4M3 fragments gave at their first use was right.
+    pub(crate) e4m3_tested: std::sync::OnceLock<std::result::Result<(), String>>,
     lost: Arc<Mutex<Option<String>>>,
+}
+
+/// What [`Gpu::scratch`] is for: one recording may use each.
+#[derive(Clone, Copy)]
+pub(crate) enum Scratch {
+    Sums,
+    Windows,
 }
 
 #[derive(Debug)]
@@ -89,8 +102,10 @@ impl Gpu {
             discrete: adapter.get_info().device_type == wgpu::DeviceType::DiscreteGpu,
             max_binding,
             emulate_tensor,
+            emulate_fp8: false,
             matrices,
             bf16_matrices: false,
+            e4m3_matrices: None,
             external_semaphores: false,
             libraries: Default::default(),
             native_from: crate::native::SMALLEST,
@@ -99,6 +114,7 @@ impl Gpu {
             tuning: RwLock::default(),
             pipelines: Mutex::default(),
             scratch: Mutex::default(),
+            e4m3_tested: Default::default(),
             lost,
         }
     }
@@ -180,9 +196,10 @@ impl Gpu {
 
     /// A buffer of at least so many bytes for values that one recording writes and reads. All recordings share it, which is
     /// safe because commands run in the order of their submission; where it has to grow, those before keep the old one.
-    pub(crate) fn scratch(&self, bytes: u64) -> Result<wgpu::Buffer> {
+    pub(crate) fn scratch(&self, what: Scratch, bytes: u64) -> Result<wgpu::Buffer> {
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*scratch {
+        let scratch = &mut scratch[what as usize];
+        match scratch {
             Some(buffer) if buffer.size() >= bytes => Ok(buffer.clone()),
             _ => Ok(scratch.insert(self.create_buffer("mx.scratch", bytes)?).clone()),
         }

@@ -47,6 +47,8 @@ pub struct Kernel {
 
 /// The line of WGSL that asks [`crate::engine::spirv`] for fragments of bfloat16.
 pub(crate) const BF16_FRAGMENTS: &str = "// fragments: bf16";
+/// The same for fragments of E4M3; then follows how many positions they contract.
+pub(crate) const E4M3_FRAGMENTS: &str = "// fragments: e4m3, k = ";
 
 /// Builds a module from constants and fragments.
 #[derive(Default)]

@@ -3,7 +3,8 @@
 //! naga 30 writes the module; five instructions are then put right, each of them local and checked by its pattern:
 //! - cooperative matrices A and B loaded from memory typed f32 get the component type f16, which Vulkan allows whatever the
 //!   pointer's type is (SPV_KHR_cooperative_matrix), and naga does not; in a module with the line `BF16_FRAGMENTS` it is bfloat16
-//!   (SPV_KHR_bfloat16);
+//!   (SPV_KHR_bfloat16), with `E4M3_FRAGMENTS` it is E4M3 (SPV_EXT_float8), and A and B are as long as that line says, of which
+//!   naga knows nothing but squares;
 //! - `unpack2x16float` followed by the conversion to f16, and the converse, become the bitcast that they are (naga types
 //!   `bitcast<vec2<f16>>` wrongly); exact either way;
 //! - a difference of two cooperative matrices becomes the product of their elements, which naga has no expression for;
@@ -16,7 +17,7 @@ use naga::back::spv;
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 
-use super::shader::BF16_FRAGMENTS;
+use super::shader::{BF16_FRAGMENTS, E4M3_FRAGMENTS};
 
 /// Instructions of a module: opcode and operands.
 type Instruction = (u16, Vec<u32>);
@@ -37,6 +38,9 @@ const OP_TYPE_COOPERATIVE_MATRIX: u16 = 4456;
 const CAPABILITY_BFLOAT16_TYPE: u32 = 5116;
 const CAPABILITY_BFLOAT16_COOPERATIVE_MATRIX: u32 = 5118;
 const ENCODING_BFLOAT16: u32 = 0;
+const CAPABILITY_FLOAT8: u32 = 4212;
+const CAPABILITY_FLOAT8_COOPERATIVE_MATRIX: u32 = 4213;
+const ENCODING_FLOAT8_E4M3: u32 = 4214;
 /// Acquire and release, of which memory.
 const ORDER_SUBGROUP_MEMORY: u32 = 0x88;
 const ORDER_WORKGROUP_MEMORY: u32 = 0x108;
@@ -72,10 +76,60 @@ pub fn compile(wgsl: &str) -> Result<Vec<u32>, String> {
     };
     let words =
         spv::write_vec(&module, &info, &options, None).map_err(|error| error.to_string())?;
-    correct(&words, wgsl.lines().any(|line| line == BF16_FRAGMENTS))
+    correct(&words, &Component::of(wgsl)?)
 }
 
-fn correct(words: &[u32], bf16: bool) -> Result<Vec<u32>, String> {
+/// What A and B are made of.
+enum Component {
+    F16,
+    /// A type that naga does not have: its bits and encoding, what declares it, and positions that a product contracts if not
+    /// as many as naga says.
+    Other {
+        bits: u32,
+        encoding: u32,
+        extension: &'static str,
+        capabilities: [u32; 2],
+        contracted: Option<u32>,
+    },
+}
+
+impl Component {
+    fn of(wgsl: &str) -> Result<Component, String> {
+        for line in wgsl.lines() {
+            if line == BF16_FRAGMENTS {
+                return Ok(Component::Other {
+                    bits: 16,
+                    encoding: ENCODING_BFLOAT16,
+                    extension: "SPV_KHR_bfloat16",
+                    capabilities: [
+                        CAPABILITY_BFLOAT16_TYPE,
+                        CAPABILITY_BFLOAT16_COOPERATIVE_MATRIX,
+                    ],
+                    contracted: None,
+                });
+            }
+            if let Some(k) = line.strip_prefix(E4M3_FRAGMENTS) {
+                return Ok(Component::Other {
+                    bits: 8,
+                    encoding: ENCODING_FLOAT8_E4M3,
+                    extension: "SPV_EXT_float8",
+                    capabilities: [CAPABILITY_FLOAT8, CAPABILITY_FLOAT8_COOPERATIVE_MATRIX],
+                    contracted: Some(k.parse().map_err(|_| format!("{line:?}"))?),
+                });
+            }
+        }
+        Ok(Component::F16)
+    }
+}
+
+/// A string's words: zero-terminated, four bytes each.
+fn literal(text: &str) -> Vec<u32> {
+    let mut bytes = text.as_bytes().to_vec();
+    bytes.resize(text.len() / 4 * 4 + 4, 0);
+    bytes.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect()
+}
+
+fn correct(words: &[u32], fragments: &Component) -> Result<Vec<u32>, String> {
     let (header, mut rest) = words.split_at(5);
     let mut instructions: Vec<Instruction> = Vec::new();
     while let Some(first) = rest.first() {
@@ -87,15 +141,13 @@ fn correct(words: &[u32], bf16: bool) -> Result<Vec<u32>, String> {
         instructions.iter().find(|i| matches(i)).map(|i| i.1[0])
     };
     let mut header = header.to_vec();
-    let f16 = match id(&|(op, a)| *op == OP_TYPE_FLOAT && a[1] == 16) {
-        Some(f16) => f16,
-        // Word 3 is the bound of the ids.
-        None if bf16 => header[3],
-        None => return Err("no f16 in the module".into()),
+    let f16 = id(&|(op, a)| *op == OP_TYPE_FLOAT && a[1] == 16);
+    // What A and B get, and their length. Word 3 is the bound of the ids.
+    let (component, length) = match fragments {
+        Component::F16 => (f16.ok_or("no f16 in the module")?, None),
+        Component::Other { contracted, .. } => (header[3], contracted.map(|_| header[3] + 1)),
     };
-    // What A and B get.
-    let component = if bf16 { header[3] } else { f16 };
-    let half2 = id(&|(op, a)| *op == OP_TYPE_VECTOR && a[1] == f16 && a[2] == 2);
+    let half2 = id(&|(op, a)| *op == OP_TYPE_VECTOR && Some(a[1]) == f16 && a[2] == 2);
     let u32_type = id(&|(op, a)| *op == OP_TYPE_INT && a[1] == 32 && a[2] == 0);
     let workgroup_order = instructions
         .iter()
@@ -120,6 +172,11 @@ fn correct(words: &[u32], bf16: bool) -> Result<Vec<u32>, String> {
             // Operands: result, component type, scope, rows, columns, use (0 for A, 1 for B).
             OP_TYPE_COOPERATIVE_MATRIX if constants.get(&a[5]).is_some_and(|used| *used < 2) => {
                 a[1] = component;
+                // A is as wide as B is high.
+                if let Some(length) = length {
+                    let at = if constants[&a[5]] == 0 { 4 } else { 3 };
+                    a[at] = length;
+                }
             }
             // Operands: scope of execution, scope of memory, semantics.
             OP_CONTROL_BARRIER if constants.get(&a[2]) == Some(&ORDER_SUBGROUP_MEMORY) => {
@@ -152,19 +209,19 @@ fn correct(words: &[u32], bf16: bool) -> Result<Vec<u32>, String> {
     let matrix = instructions
         .iter()
         .position(|(op, a)| *op == OP_TYPE_COOPERATIVE_MATRIX && a[1] == component);
-    if bf16 {
+    if let Component::Other { bits, encoding, extension, capabilities, contracted } = fragments {
         let matrix = matrix.ok_or("no cooperative matrix in the module")?;
         header[3] += 1;
-        let float = (OP_TYPE_FLOAT, vec![component, 16, ENCODING_BFLOAT16]);
-        instructions.insert(matrix, float);
-        let extension: Vec<u32> = b"SPV_KHR_bfloat16\0\0\0\0"
-            .chunks_exact(4)
-            .map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]]))
-            .collect();
-        let capabilities = instructions.iter().take_while(|(op, _)| *op == OP_CAPABILITY).count();
-        instructions.insert(capabilities, (OP_EXTENSION, extension));
-        for capability in [CAPABILITY_BFLOAT16_TYPE, CAPABILITY_BFLOAT16_COOPERATIVE_MATRIX] {
-            instructions.insert(capabilities, (OP_CAPABILITY, vec![capability]));
+        if let (Some(length), Some(contracted)) = (length, contracted) {
+            let u32_type = u32_type.ok_or("no u32 in the module")?;
+            header[3] += 1;
+            instructions.insert(matrix, (OP_CONSTANT, vec![u32_type, length, *contracted]));
+        }
+        instructions.insert(matrix, (OP_TYPE_FLOAT, vec![component, *bits, *encoding]));
+        let first = instructions.iter().take_while(|(op, _)| *op == OP_CAPABILITY).count();
+        instructions.insert(first, (OP_EXTENSION, literal(extension)));
+        for capability in capabilities {
+            instructions.insert(first, (OP_CAPABILITY, vec![*capability]));
         }
     } else if let (Some(float), Some(matrix)) =
         (instructions.iter().position(|(op, a)| *op == OP_TYPE_FLOAT && a[1] == 16), matrix)

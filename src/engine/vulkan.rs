@@ -1,11 +1,12 @@
-//! Opening a Vulkan device with what wgpu does not ask for: bfloat16 cooperative matrices (VK_KHR_shader_bfloat16), and
-//! semaphores that other APIs can wait for (VK_KHR_external_semaphore_fd).
+//! Opening a Vulkan device with what wgpu does not ask for: bfloat16 and E4M3 cooperative matrices
+//! (VK_KHR_shader_bfloat16, VK_EXT_shader_float8), and semaphores that other APIs can wait for
+//! (VK_KHR_external_semaphore_fd).
 
 use std::ffi::{CStr, c_void};
 
 use ash::vk;
 
-use super::caps::vulkan::{BFLOAT16, configurations};
+use super::caps::vulkan::{BFLOAT16, FLOAT8, Float8Features, configurations, e4m3_matrices_of};
 use crate::{Error, Result};
 
 const EXTENSION: &CStr = c"VK_KHR_shader_bfloat16";
@@ -69,6 +70,8 @@ pub(crate) fn bf16_matrices(adapter: &wgpu::Adapter) -> bool {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Extras {
     pub(crate) bf16: bool,
+    /// Products in E4M3, and how many positions they contract.
+    pub(crate) e4m3: Option<u32>,
     pub(crate) external_semaphores: bool,
 }
 
@@ -79,6 +82,7 @@ impl Extras {
             wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::PASSTHROUGH_SHADERS;
         Extras {
             bf16: features.contains(matrices) && bf16_matrices(adapter),
+            e4m3: if features.contains(matrices) { e4m3_matrices_of(adapter) } else { None },
             external_semaphores: features.contains(wgpu::Features::VULKAN_EXTERNAL_MEMORY_FD)
                 && has_extension(adapter, ash::khr::external_semaphore_fd::NAME),
         }
@@ -107,8 +111,10 @@ pub(crate) fn open(
     bf16.types = vk::TRUE;
     bf16.cooperative_matrix = vk::TRUE;
     let bf16 = &raw mut bf16;
-    // SAFETY: the extensions and their features are there (Extras::of); the structure lives until the device is made, and is
-    // put before what is in the chain already.
+    let mut fp8 = Float8Features::new(true, true);
+    let fp8 = &raw mut fp8;
+    // SAFETY: the extensions and their features are there (Extras::of); the structures live until the device is made, and
+    // are put before what is in the chain already.
     let device = unsafe {
         hal.open_with_callback(
             descriptor.required_features,
@@ -122,6 +128,11 @@ pub(crate) fn open(
                     args.extensions.push(EXTENSION);
                     (*bf16).p_next = args.create_info.p_next.cast_mut();
                     args.create_info.p_next = bf16.cast_const().cast();
+                }
+                if extras.e4m3.is_some() {
+                    args.extensions.push(FLOAT8);
+                    (*fp8).p_next = args.create_info.p_next.cast_mut();
+                    args.create_info.p_next = fp8.cast_const().cast();
                 }
             })),
         )

@@ -55,6 +55,8 @@ pub struct Attention {
     delta: Option<Tensor>,
     /// How bf16 is multiplied.
     bf16: Form,
+    /// Why so.
+    why: String,
 }
 
 /// How the products are made.
@@ -74,8 +76,8 @@ impl Attention {
         Attention::with_tier(ctx, desc, Tier::Auto)
     }
 
-    /// As [`Attention::new`], with the tier for bf16 asked for by name: [`Tier::Alu`] or [`Tier::Tensor`]. A pass that would
-    /// need more workgroup memory on tensor cores than the device has, at most 36 KiB, stays on ALUs.
+    /// As [`Attention::new`], with the tier for bf16 asked for by name: [`Tier::Alu`] or [`Tier::Tensor`], which is an error
+    /// where it is lacking. It needs up to 37 KiB of workgroup memory, for the widest heads.
     pub fn with_tier(ctx: &Context, desc: &AttentionDesc, tier: Tier) -> Result<Attention> {
         let AttentionDesc { batch, seq, heads, head_dim } = *desc;
         let mismatch = |problem| Err(Error::Mismatch { operation: "Attention::new", problem });
@@ -98,24 +100,37 @@ impl Attention {
             Some(_) => Some(ctx.zeros(DType::F32, batch * seq, heads)?),
             None => None,
         };
-        let bf16 = match (tier, tensor(ctx)) {
-            (Tier::Auto, Ok(Form::Spirv)) => Form::Spirv,
-            (Tier::Auto | Tier::Alu, _) => Form::Alu,
-            (Tier::Tensor, Ok(form)) => form,
+        let (bf16, why) = match (tier, tensor(ctx, width(head_dim))) {
+            (Tier::Auto, Ok(Form::Spirv)) => {
+                (Form::Spirv, "the device has cooperative matrices of bf16".into())
+            }
+            (Tier::Auto, Ok(_)) => {
+                (Form::Alu, "emulated cooperative matrices are for tests alone".into())
+            }
+            (Tier::Auto, Err([needs, has])) => {
+                (Form::Alu, format!("not the tensor tier: it needs {needs}, but {has}"))
+            }
             (Tier::Tensor, Err([needs, has])) => {
                 let operation = "attention on the tensor tier".into();
                 return Err(Error::Unsupported { operation, needs, has });
             }
+            (Tier::Tensor, Ok(form)) => (form, "asked for".into()),
+            (Tier::Alu, _) => (Form::Alu, "asked for".into()),
             (Tier::Exact | Tier::Native, _) => {
                 return mismatch(format!("attention has no {tier} tier"));
             }
         };
-        Ok(Attention { desc: *desc, delta, bf16 })
+        Ok(Attention { desc: *desc, delta, bf16, why })
     }
 
     /// The tier for tensors of this type.
     pub fn tier(&self, dtype: DType) -> Tier {
         if dtype == DType::BF16 && self.bf16 != Form::Alu { Tier::Tensor } else { Tier::Alu }
+    }
+
+    /// Why bf16 has its tier. f32 is always multiplied by ALUs.
+    pub fn why(&self) -> &str {
+        &self.why
     }
 
     /// Records the forward pass.
@@ -204,11 +219,7 @@ impl Attention {
     ) -> Result<()> {
         let AttentionDesc { batch, seq, heads, head_dim } = self.desc;
         let form = if dtype == DType::BF16 { self.bf16 } else { Form::Alu };
-        let mut variant = Variant { pass, width: width(head_dim), dtype, form };
-        let limits = stream.gpu().map(|gpu| gpu.device.limits());
-        if limits.is_some_and(|l| variant.tensor_bytes() > l.max_compute_workgroup_storage_size) {
-            variant.form = Form::Alu;
-        }
+        let variant = Variant { pass, width: width(head_dim), dtype, form };
         let tiles = seq.div_ceil(TILE as usize);
         let groups = (tiles * heads * batch) as u64;
         let params = [
@@ -223,23 +234,29 @@ impl Attention {
     }
 }
 
-/// How this engine makes products of bf16 by tensor cores, or what that needs and what is there instead.
-fn tensor(ctx: &Context) -> std::result::Result<Form, [String; 2]> {
+/// How this engine makes products of bf16 by tensor cores, for heads of this width, or what that needs and what is there
+/// instead.
+fn tensor(ctx: &Context, width: u32) -> std::result::Result<Form, [String; 2]> {
     let Engine::Gpu(gpu) = ctx.engine() else {
         return Err([MATRICES.into(), "the context is the CPU engine".into()]);
     };
     let gpu: &Gpu = gpu;
-    if gpu.emulate_tensor {
-        return Ok(Form::Emulated);
-    }
-    if !gpu.bf16_matrices {
+    if !gpu.emulate_tensor && !gpu.bf16_matrices {
         return Err([MATRICES.into(), "the device offers none, or was opened without".into()]);
     }
-    if gpu.caps.subgroups != Some((32, 32)) {
+    if !gpu.emulate_tensor && gpu.caps.subgroups != Some((32, 32)) {
         let has = format!("the device's are {:?}", gpu.caps.subgroups);
         return Err(["subgroups of 32".into(), has]);
     }
-    Ok(Form::Spirv)
+    let form = if gpu.emulate_tensor { Form::Emulated } else { Form::Spirv };
+    // The backward passes need most, and one as much as the other.
+    let bytes = Variant { pass: Pass::Queries, width, dtype: DType::BF16, form }.tensor_bytes();
+    let limit = gpu.device.limits().max_compute_workgroup_storage_size;
+    if bytes > limit {
+        let needs = format!("{bytes} bytes of workgroup memory for heads of {width}");
+        return Err([needs, format!("the device has {limit}")]);
+    }
+    Ok(form)
 }
 
 const MATRICES: &str = "cooperative matrices of bf16";

@@ -96,7 +96,8 @@ impl RmsNorm {
     }
 
     /// Records `dx`, the gradient of what was normed (`x`: the sum, where there was a branch), and `dgain`, which is
-    /// overwritten or, with `accumulate`, added to. `dres` is the gradient that arrives over the residual: it is added to `dx`.
+    /// overwritten or, with `accumulate`, added to. `residual`: `dx` holds the gradient that arrives over the residual, which is
+    /// added.
     #[allow(clippy::too_many_arguments)]
     pub fn backward(
         &mut self,
@@ -105,7 +106,7 @@ impl RmsNorm {
         gain: &Tensor,
         rstd: &Tensor,
         dy: &Tensor,
-        dres: Option<&Tensor>,
+        residual: bool,
         dx: &mut Tensor,
         dgain: &mut Tensor,
         accumulate: bool,
@@ -122,22 +123,13 @@ impl RmsNorm {
             stream,
             &[&x.data, &gain.data, &rstd.data, &dy.data, &dx.data, &dgain.data, &self.parts.data],
         )?;
-        if let Some(dres) = dres {
-            dres.expect(operation, "dres", shape, ACT)?;
-            act::check_same(stream, &[&dres.data])?;
-        }
         let (per_group, groups) = split(rows, self.lanes);
         if stream.gpu().is_none() {
-            self.backward_twin(x, gain, rstd, dy, dres, dx, per_group);
+            self.backward_twin(x, gain, rstd, dy, residual, dx, per_group);
         } else {
-            let variant = Backward {
-                lanes: self.lanes,
-                x: x.dtype,
-                dy: dy.dtype,
-                dres: dres.map(|dres| dres.dtype),
-                dx: dx.dtype,
-            };
-            let mut buffers = vec![
+            let variant =
+                Backward { lanes: self.lanes, x: x.dtype, dy: dy.dtype, residual, dx: dx.dtype };
+            let buffers = [
                 x.binding()?,
                 gain.binding()?,
                 rstd.binding()?,
@@ -145,9 +137,6 @@ impl RmsNorm {
                 dx.binding()?,
                 self.parts.binding()?,
             ];
-            if let Some(dres) = dres {
-                buffers.push(dres.binding()?);
-            }
             stream.dispatch(
                 &variant.name(),
                 || variant.kernel(),
@@ -222,27 +211,20 @@ impl RmsNorm {
         gain: &Tensor,
         rstd: &Tensor,
         dy: &Tensor,
-        dres: Option<&Tensor>,
+        residual: bool,
         dx: &mut Tensor,
         per_group: usize,
     ) {
         let (rows, cols) = (x.rows, self.cols);
         let (x, gain, rstd, dy) = (x.widened(), gain.widened(), rstd.widened(), dy.widened());
-        let dres = dres.map(Tensor::widened);
         dx.fill_rows(|t, dx| {
             let row = t * cols..(t + 1) * cols;
-            let (x, dy, r) = (&x[row.clone()], &dy[row.clone()], rstd[t]);
-            for ((dx, dy), gain) in dx.iter_mut().zip(dy).zip(&*gain) {
-                *dx = dy * gain;
-            }
-            let mean = act::dot(dx, x) * r / cols as f32;
-            for (dx, x) in dx.iter_mut().zip(x) {
-                *dx = (*dx - x * r * mean) * r;
-            }
-            if let Some(dres) = &dres {
-                for (dx, dres) in dx.iter_mut().zip(&dres[row]) {
-                    *dx += dres;
-                }
+            let (x, dy, r) = (&x[row.clone()], &dy[row], rstd[t]);
+            let w: Vec<f32> = dy.iter().zip(&*gain).map(|(dy, gain)| dy * gain).collect();
+            let mean = act::dot(&w, x) * r / cols as f32;
+            for ((dx, w), x) in dx.iter_mut().zip(w).zip(x) {
+                let branch = (w - x * r * mean) * r;
+                *dx = if residual { branch + *dx } else { branch };
             }
         });
         self.parts.fill_rows(|group, part| {
@@ -307,15 +289,15 @@ struct Backward {
     lanes: u32,
     x: DType,
     dy: DType,
-    dres: Option<DType>,
+    residual: bool,
     dx: DType,
 }
 
 impl Backward {
     fn name(&self) -> String {
         let Backward { lanes, x, dy, dx, .. } = self;
-        let dres = self.dres.map_or("alone", DType::name);
-        format!("rmsnorm_backward.{x}.{dy}.{dres}.{dx}.{lanes}")
+        let residual = if self.residual { "residual" } else { "alone" };
+        format!("rmsnorm_backward.{x}.{dy}.{residual}.{dx}.{lanes}")
     }
 
     fn kernel(&self) -> Kernel {
@@ -323,14 +305,9 @@ impl Backward {
             source(self.lanes).quads("x", self.x).quads("dy", self.dy).quads("dx", self.dx);
         let mut bindings = vec![Binding::Read; 4];
         bindings.extend([Binding::Write, Binding::Write]);
-        let source = match self.dres {
-            None => source.fragment(shader!("lib/dres_none.wgsl")),
-            Some(dres) => {
-                bindings.push(Binding::Read);
-                source.quads("dres", dres).fragment(shader!("lib/dres.wgsl"))
-            }
-        };
-        act::kernel(self.name(), source.fragment(shader!("rmsnorm_backward.wgsl")), &bindings)
+        let source =
+            source.flag("RESIDUAL", self.residual).fragment(shader!("rmsnorm_backward.wgsl"));
+        act::kernel(self.name(), source, &bindings)
     }
 }
 
@@ -351,9 +328,9 @@ pub fn kernels() -> Vec<Kernel> {
             let (x, y) = (*x, *y);
             let residuals = std::iter::once(None).chain(pairs.iter().copied().map(Some));
             kernels.extend(residuals.map(|residual| Forward { lanes, x, y, residual }.kernel()));
-            for dres in [None, Some(DType::F32), Some(DType::BF16)] {
+            for residual in [false, true] {
                 for dx in ACT {
-                    kernels.push(Backward { lanes, x, dy: y, dres, dx: *dx }.kernel());
+                    kernels.push(Backward { lanes, x, dy: y, residual, dx: *dx }.kernel());
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! SwiGLU: `h = silu(g) · u`, with the gate and the up projection side by side in one tensor.
 //!
-//! `gu`, `dgu` `[T, 2F]`, the gate in the first F columns; `h`, `dh` `[T, F]`; f32 or bf16 each. **Bounded**: f32, with what
-//! WGSL allows exp and division (the twin: two units in exp). Where |g| is large the results are the limits, `g · u` and zero.
+//! `gu` `[T, 2F]`, the gate in the first F columns; `h`, `dh` `[T, F]`; f32 or bf16 each. The gradient of `gu` takes its place:
+//! nothing needs it any more. **Bounded**: f32, with what WGSL allows exp and division (the twin: two units in exp). Where |g| is large the results are the limits, `g · u` and zero.
 //!
 //! Shaders: `shaders/swiglu.wgsl`, `shaders/swiglu_backward.wgsl`.
 
@@ -29,7 +29,7 @@ pub fn forward(stream: &mut Stream<'_>, gu: &Tensor, h: &mut Tensor) -> Result<(
         });
         return Ok(());
     }
-    let variant = Variant { gu: gu.dtype, h: h.dtype, dgu: None };
+    let variant = Variant { gu: gu.dtype, h: h.dtype, backward: false };
     let vectors = rows * cols / 4;
     stream.dispatch(
         &variant.name(),
@@ -40,34 +40,32 @@ pub fn forward(stream: &mut Stream<'_>, gu: &Tensor, h: &mut Tensor) -> Result<(
     )
 }
 
-/// Records `gu`, `dh` → `dgu`.
-pub fn backward(stream: &mut Stream<'_>, gu: &Tensor, dh: &Tensor, dgu: &mut Tensor) -> Result<()> {
+/// Records `gu`, `dh` → the gradient of `gu`, in its place.
+pub fn backward(stream: &mut Stream<'_>, gu: &mut Tensor, dh: &Tensor) -> Result<()> {
     let operation = "swiglu::backward";
     let [rows, cols] = sizes(operation, gu)?;
     dh.expect(operation, "dh", [rows, cols], ACT)?;
-    dgu.expect(operation, "dgu", [rows, 2 * cols], ACT)?;
-    act::check_same(stream, &[&gu.data, &dh.data, &dgu.data])?;
+    act::check_same(stream, &[&gu.data, &dh.data])?;
     if stream.gpu().is_none() {
-        let (gu, dh) = (gu.widened(), dh.widened());
-        dgu.fill_rows(|t, dgu| {
-            let (g, u) = gu[2 * cols * t..2 * cols * (t + 1)].split_at(cols);
-            let d = &dh[cols * t..cols * (t + 1)];
-            let (dg, du) = dgu.split_at_mut(cols);
-            for i in 0..cols {
-                let (of, of_minus) = sigmoid(g[i]);
-                dg[i] = d[i] * u[i] * (of * (1.0 + at_most(at_least(g[i])) * of_minus));
-                du[i] = d[i] * (at_least(g[i]) * of);
+        let dh = dh.widened();
+        gu.fill_rows(|t, gu| {
+            let (g, u) = gu.split_at_mut(cols);
+            for ((g, u), d) in g.iter_mut().zip(u).zip(&dh[cols * t..]) {
+                let (of, of_minus) = sigmoid(*g);
+                let dg = d * *u * (of * (1.0 + at_most(at_least(*g)) * of_minus));
+                *u = d * (at_least(*g) * of);
+                *g = dg;
             }
         });
         return Ok(());
     }
-    let variant = Variant { gu: gu.dtype, h: dh.dtype, dgu: Some(dgu.dtype) };
+    let variant = Variant { gu: gu.dtype, h: dh.dtype, backward: true };
     let vectors = rows * cols / 4;
     stream.dispatch(
         &variant.name(),
         || variant.kernel(),
         &[vectors as u32, (cols / 4) as u32],
-        &[gu.binding()?, dh.binding()?, dgu.binding()?],
+        &[gu.binding()?, dh.binding()?],
         act::step_groups(vectors),
     )
 }
@@ -111,16 +109,13 @@ struct Variant {
     gu: DType,
     /// Or of dh.
     h: DType,
-    /// Of the backward kernel.
-    dgu: Option<DType>,
+    backward: bool,
 }
 
 impl Variant {
     fn name(&self) -> String {
-        match self.dgu {
-            None => format!("swiglu.{}.{}", self.gu, self.h),
-            Some(dgu) => format!("swiglu_backward.{}.{}.{dgu}", self.gu, self.h),
-        }
+        let of = if self.backward { "_backward" } else { "" };
+        format!("swiglu{of}.{}.{}", self.gu, self.h)
     }
 
     fn kernel(&self) -> Kernel {
@@ -129,19 +124,16 @@ impl Variant {
             .constant("STEPS", STEPS)
             .fragment(shader!("lib/silu.wgsl"))
             .quads("gu", self.gu);
-        match self.dgu {
-            None => act::kernel(
+        match self.backward {
+            false => act::kernel(
                 self.name(),
                 source.quads("h", self.h).fragment(shader!("swiglu.wgsl")),
                 &[Binding::Read, Binding::Write],
             ),
-            Some(dgu) => act::kernel(
+            true => act::kernel(
                 self.name(),
-                source
-                    .quads("dh", self.h)
-                    .quads("dgu", dgu)
-                    .fragment(shader!("swiglu_backward.wgsl")),
-                &[Binding::Read, Binding::Read, Binding::Write],
+                source.quads("dh", self.h).fragment(shader!("swiglu_backward.wgsl")),
+                &[Binding::Write, Binding::Read],
             ),
         }
     }
@@ -152,8 +144,8 @@ pub fn kernels() -> Vec<Kernel> {
     let mut kernels = Vec::new();
     for gu in ACT {
         for h in ACT {
-            for dgu in [None, Some(DType::F32), Some(DType::BF16)] {
-                kernels.push(Variant { gu: *gu, h: *h, dgu }.kernel());
+            for backward in [false, true] {
+                kernels.push(Variant { gu: *gu, h: *h, backward }.kernel());
             }
         }
     }

@@ -5,6 +5,8 @@
 //!
 //! **Exact** where the products' tier is: codes and scales always. Rounding draws belong to (seed, step, layer, operand).
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
 use crate::engine::buffer::{DType, DeviceMxTensor, Ids, Tensor};
 use crate::engine::{Context, Stream};
 use crate::formats::{Axis, Rounding};
@@ -129,23 +131,15 @@ impl Made {
         })
     }
 
-    /// The same for the second of two products, where `first` is the first one's. `same`: packed alike in both.
-    fn beside(
-        ctx: &Context,
-        first: &Made,
-        same: bool,
-        cast: &Cast,
-        from: DType,
-        shape: [usize; 2],
-        axis: Axis,
-    ) -> Result<Made> {
-        match (first, cast.form()?) {
+    /// What the second of two products takes of `first`, the first one's, if it can. `same`: packed alike in both.
+    fn shared(first: &Made, same: bool, cast: &Cast) -> Result<Option<Made>> {
+        Ok(match (first, cast.form()?) {
             (Made::Cast(tensor), Form::Dense(to)) if to == tensor.dtype() => {
-                Ok(Made::Shared(first.values()))
+                Some(Made::Shared(first.values()))
             }
-            (Made::Packed(_), Form::Mx(_)) if same => Ok(Made::Shared(first.values())),
-            _ => Made::new(ctx, cast, from, shape, axis),
-        }
+            (Made::Packed(_), Form::Mx(_)) if same => Some(Made::Shared(first.values())),
+            _ => None,
+        })
     }
 
     fn values(&self) -> Values {
@@ -187,6 +181,50 @@ impl Made {
     }
 }
 
+/// What layers make and use up within one of their passes: a tensor for all of them, if it has the same form and shape and
+/// stands in the same place. It lives as long as a layer has it.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    made: Vec<(Key, Weak<Mutex<Made>>)>,
+}
+
+/// A place among a layer's operands; what is there; the type that it is made from; its shape.
+type Key = (Place, Form, DType, [usize; 2]);
+
+/// Operands that nothing keeps.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Place {
+    X,
+    XValues,
+    Dy,
+    DyColumns,
+}
+
+/// An operand that other layers may have, too.
+type Lent = Arc<Mutex<Made>>;
+
+fn own(made: Made) -> Lent {
+    Arc::new(Mutex::new(made))
+}
+
+/// For as long as a pass of a layer is recorded: nothing else has it meanwhile.
+fn lock(made: &Mutex<Made>) -> MutexGuard<'_, Made> {
+    made.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Scratch {
+    fn get(&mut self, key: Key, make: impl FnOnce() -> Result<Made>) -> Result<Lent> {
+        self.made.retain(|(_, made)| made.strong_count() > 0);
+        let found = self.made.iter().find(|(of, _)| *of == key);
+        if let Some(made) = found.and_then(|(_, made)| made.upgrade()) {
+            return Ok(made);
+        }
+        let made = own(make()?);
+        self.made.push((key, Arc::downgrade(&made)));
+        Ok(made)
+    }
+}
+
 /// The columns that are kept in bf16: their product is added to the main one.
 #[derive(Debug)]
 struct Outliers {
@@ -206,11 +244,11 @@ pub struct MxLinear {
     /// Its number, for random streams.
     layer: u32,
     accumulate: bool,
-    x: Made,
+    x: Lent,
     x_columns: Made,
     w: Made,
-    dy: Made,
-    dy_columns: Made,
+    dy: Lent,
+    dy_columns: Lent,
     w_dgrad: Made,
     forward: Matmul,
     dgrad: Matmul,
@@ -218,19 +256,21 @@ pub struct MxLinear {
     clips: [Option<(Quantile, Tensor)>; 2],
     outliers: Option<Outliers>,
     /// The values of the packed x, where wgrad's is made of them.
-    x_values: Option<Tensor>,
+    x_values: Option<Lent>,
     /// Copies of x and dy.
     kept: Option<[Tensor; 2]>,
 }
 
 impl MxLinear {
-    /// Makes the layer number `layer`. `accumulate`: wgrad is added to what dW holds.
+    /// Makes the layer number `layer`. `accumulate`: wgrad is added to what dW holds. What it needs for a while is the same as
+    /// that of other layers of this `scratch`.
     pub fn new(
         ctx: &Context,
         desc: &LinearDesc,
         recipe: &Linear,
         layer: u32,
         accumulate: bool,
+        scratch: &mut Scratch,
     ) -> Result<MxLinear> {
         recipe.validate()?;
         let LinearDesc { rows, n, k, .. } = *desc;
@@ -252,11 +292,28 @@ impl MxLinear {
             }
         }
         let (xs, ws, ys) = ([rows, k], [experts.unwrap_or(1) * n, k], [rows, n]);
-        let x = Made::new(ctx, &recipe.forward.x, desc.x, xs, Axis::One)?;
-        let x_columns = Made::beside(ctx, &x, false, &recipe.wgrad.x, desc.x, xs, Axis::Zero)?;
+        let mut lend = |place, cast: &Cast, from, shape, axis| {
+            let key = (place, cast.form()?, from, shape);
+            scratch.get(key, || Made::new(ctx, cast, from, shape, axis))
+        };
+        let (x_cast, dy_cast) = (&recipe.forward.x, &recipe.dgrad.dy);
+        // A conversion that wgrad takes too is kept until then.
+        let x = match (x_cast.form()?, recipe.wgrad.x.form()?) {
+            (Form::Dense(a), Form::Dense(b)) if a == b => {
+                own(Made::new(ctx, x_cast, desc.x, xs, Axis::One)?)
+            }
+            _ => lend(Place::X, x_cast, desc.x, xs, Axis::One)?,
+        };
+        let x_columns = match Made::shared(&lock(&x), false, &recipe.wgrad.x)? {
+            Some(made) => made,
+            None => Made::new(ctx, &recipe.wgrad.x, desc.x, xs, Axis::Zero)?,
+        };
         let w = Made::new(ctx, &recipe.forward.w, desc.w, ws, Axis::One)?;
-        let dy = Made::new(ctx, &recipe.dgrad.dy, desc.dy, ys, Axis::One)?;
-        let dy_columns = Made::beside(ctx, &dy, false, &recipe.wgrad.dy, desc.dy, ys, Axis::Zero)?;
+        let dy = lend(Place::Dy, dy_cast, desc.dy, ys, Axis::One)?;
+        let dy_columns = match Made::shared(&lock(&dy), false, &recipe.wgrad.dy)? {
+            Some(made) => own(made),
+            None => lend(Place::DyColumns, &recipe.wgrad.dy, desc.dy, ys, Axis::Zero)?,
+        };
         // Experts' matrices lie one under the other: only squares can be read across.
         let across = if experts.is_some() { Axis::One } else { Axis::Zero };
         if let (Some(_), Form::Mx(spec)) = (experts, recipe.dgrad.w.form()?) {
@@ -267,7 +324,10 @@ impl MxLinear {
             }
         }
         let same = experts.is_some() && recipe.dgrad.w == recipe.forward.w;
-        let w_dgrad = Made::beside(ctx, &w, same, &recipe.dgrad.w, desc.w, ws, across)?;
+        let w_dgrad = match Made::shared(&w, same, &recipe.dgrad.w)? {
+            Some(made) => made,
+            None => Made::new(ctx, &recipe.dgrad.w, desc.w, ws, across)?,
+        };
         let gain = |cast: &Cast| {
             let hadamard = cast.hadamard.map(|size| Hadamard { size, signs: Signs::None });
             hadamard.map_or(1.0, Hadamard::gain)
@@ -278,7 +338,7 @@ impl MxLinear {
                 m: rows,
                 n,
                 k,
-                a: x.operand(false),
+                a: lock(&x).operand(false),
                 b: w.operand(false),
                 out: desc.y.into(),
                 alpha: gain(&recipe.forward.x),
@@ -292,7 +352,7 @@ impl MxLinear {
                 m: rows,
                 n: k,
                 k: n,
-                a: dy.operand(false),
+                a: lock(&dy).operand(false),
                 b: Operand {
                     transposed: experts.is_some() || w_dgrad.operand(true).transposed,
                     ..w_dgrad.operand(true)
@@ -309,7 +369,7 @@ impl MxLinear {
                 m: n,
                 n: k,
                 k: rows,
-                a: dy_columns.operand(true),
+                a: lock(&dy_columns).operand(true),
                 b: x_columns.operand(true),
                 out: DType::F32.into(),
                 alpha: gain(&recipe.wgrad.dy),
@@ -355,6 +415,13 @@ impl MxLinear {
                 })
             }
         };
+        let x_values = match recipe.wgrad.x.requantized {
+            true => {
+                let key = (Place::XValues, Form::Dense(desc.x), desc.x, xs);
+                Some(scratch.get(key, || Ok(Made::Cast(ctx.zeros(desc.x, rows, k)?)))?)
+            }
+            false => None,
+        };
         Ok(MxLinear {
             desc: *desc,
             clips: [
@@ -374,17 +441,19 @@ impl MxLinear {
             dgrad,
             wgrad,
             outliers,
-            x_values: match recipe.wgrad.x.requantized {
-                true => Some(ctx.zeros(desc.x, rows, k)?),
-                false => None,
-            },
+            x_values,
             kept: None,
         })
     }
 
     /// The same with another recipe; the weight is to be prepared again.
-    pub fn with_recipe(&self, ctx: &Context, recipe: &Linear) -> Result<MxLinear> {
-        MxLinear::new(ctx, &self.desc, recipe, self.layer, self.accumulate)
+    pub fn with_recipe(
+        &self,
+        ctx: &Context,
+        recipe: &Linear,
+        scratch: &mut Scratch,
+    ) -> Result<MxLinear> {
+        MxLinear::new(ctx, &self.desc, recipe, self.layer, self.accumulate, scratch)
     }
 
     /// What it does.
@@ -422,18 +491,32 @@ impl MxLinear {
         [self.forward.tier(), self.dgrad.tier(), self.wgrad.tier()]
     }
 
-    /// Records the packing of the weight, which the products take until it is recorded again.
-    pub fn prepare(&mut self, stream: &mut Stream<'_>, w: &Tensor, draws: Draws) -> Result<()> {
+    /// How the weight is packed for forward, and where to, if its blocks are quantized as they are: the optimizer does it
+    /// behind the update.
+    pub fn packing(&mut self) -> Option<(QuantizeDesc, &mut DeviceMxTensor)> {
+        let cast = &self.recipe.forward.w;
+        match &mut self.w {
+            Made::Packed(w) if cast.hadamard.is_none() => Some((packing(cast, w, Axis::One), w)),
+            _ => None,
+        }
+    }
+
+    /// Records the packing of the weight, which the products take until it is recorded again. `packed`: what
+    /// [`MxLinear::packing`] says was done.
+    pub fn prepare(
+        &mut self,
+        stream: &mut Stream<'_>,
+        w: &Tensor,
+        draws: Draws,
+        packed: bool,
+    ) -> Result<()> {
         let layer = self.layer;
-        let (forward, dgrad) = (&self.recipe.forward.w, &self.recipe.dgrad.w);
-        weight(
-            stream,
-            w,
-            forward,
-            Axis::One,
-            draws.hadamard(forward, layer, FORWARD),
-            &mut self.w,
-        )?;
+        if !packed || self.packing().is_none() {
+            let forward = &self.recipe.forward.w;
+            let hadamard = draws.hadamard(forward, layer, FORWARD);
+            weight(stream, w, forward, Axis::One, hadamard, &mut self.w)?;
+        }
+        let dgrad = &self.recipe.dgrad.w;
         let across = if self.desc.experts.is_some() { Axis::One } else { Axis::Zero };
         weight(stream, w, dgrad, across, draws.hadamard(dgrad, layer, DGRAD), &mut self.w_dgrad)?;
         match &mut self.outliers {
@@ -465,20 +548,22 @@ impl MxLinear {
             (&recipe.forward.x, draws.hadamard(&recipe.forward.x, layer, FORWARD), X_ROWS);
         let column_cast =
             (&recipe.wgrad.x, draws.hadamard(&recipe.wgrad.x, layer, WGRAD), X_COLUMNS);
+        let mut made = lock(&self.x);
         let none = &mut Made::AsIs(self.desc.x);
         quantize(
             stream,
             x,
             row_cast,
             column_cast,
-            &mut self.x,
+            &mut made,
             if self.x_values.is_some() { &mut *none } else { &mut self.x_columns },
             &mut self.clips[0],
             self.outliers.as_ref().map(|o| o.split.mask()),
             (draws, layer),
             counters,
         )?;
-        if let (Some(values), Made::Packed(packed)) = (&mut self.x_values, &self.x) {
+        let mut values = self.x_values.as_deref().map(lock);
+        if let (Some(Made::Cast(values)), Made::Packed(packed)) = (values.as_deref_mut(), &*made) {
             let desc = DequantizeDesc { spec: packed.layout().spec, axis: packed.layout().axis };
             Dequantize::new(stream.context(), &desc)?.record(stream, packed, values)?;
             quantize(
@@ -494,7 +579,7 @@ impl MxLinear {
                 None,
             )?;
         }
-        self.forward.record_with(stream, self.x.input(x), self.w.input(w), &mut *y, extras)?;
+        self.forward.record_with(stream, made.input(x), self.w.input(w), &mut *y, extras)?;
         if let Some(o) = &mut self.outliers {
             o.split.gather(stream, x, &mut o.x)?;
             match &o.w_dense {
@@ -524,6 +609,7 @@ impl MxLinear {
         if let Some([_, kept]) = &mut self.kept {
             add::cast(stream, dy, kept)?;
         }
+        let (mut made, mut columns) = (lock(&self.dy), lock(&self.dy_columns));
         quantize(
             stream,
             dy,
@@ -533,8 +619,8 @@ impl MxLinear {
                 draws.hadamard(&self.recipe.wgrad.dy, layer, WGRAD),
                 DY_COLUMNS,
             ),
-            &mut self.dy,
-            &mut self.dy_columns,
+            &mut made,
+            &mut columns,
             &mut self.clips[1],
             None,
             (draws, layer),
@@ -542,7 +628,7 @@ impl MxLinear {
         )?;
         self.dgrad.record_with(
             stream,
-            self.dy.input(dy),
+            made.input(dy),
             self.w_dgrad.input_beside(&self.w, w),
             dx,
             extras,
@@ -560,10 +646,17 @@ impl MxLinear {
             // Not read.
             (_, x) => x.unwrap_or(dy),
         };
-        let dy_columns = self.dy_columns.input_beside(&self.dy, dy);
-        let x_columns = self.x_columns.input_beside(&self.x, x);
+        let dy_columns = columns.input_beside(&made, dy);
+        let kept = lock(&self.x);
+        let x_columns = self.x_columns.input_beside(&kept, x);
         self.wgrad.record_with(stream, dy_columns, x_columns, dw, extras)
     }
+}
+
+/// How a weight is packed, if it is not transformed.
+fn packing(cast: &Cast, to: &DeviceMxTensor, axis: Axis) -> QuantizeDesc {
+    let scale_rule = cast.scale.map(Into::into);
+    QuantizeDesc { spec: to.layout().spec, axis, scale_rule, ..Default::default() }
 }
 
 /// A weight in its format.
@@ -580,13 +673,12 @@ fn weight(
         Made::AsIs(_) | Made::Shared(_) => Ok(()),
         Made::Cast(tensor) => add::cast(stream, w, tensor),
         Made::Packed(tensor) => {
-            let spec = tensor.layout().spec;
-            let scale_rule = cast.scale.map(Into::into);
+            let desc = packing(cast, tensor, axis);
             if hadamard.is_none() {
-                let desc = QuantizeDesc { spec, axis, scale_rule, ..Default::default() };
                 return Quantize::new(&ctx, &desc)?.record(stream, w, tensor);
             }
-            let side = Some(Side { spec, scale_rule, rounding: Rounding::NearestEven, hadamard });
+            let QuantizeDesc { spec, scale_rule, rounding, .. } = desc;
+            let side = Some(Side { spec, scale_rule, rounding, hadamard });
             let (rows, columns) = match axis {
                 Axis::One => (side, None),
                 Axis::Zero => (None, side),

@@ -11,12 +11,13 @@
 //! predicts one token further (Gloeckle et al., arXiv 2404.19737).
 //!
 //! The residual stream and its gradient are f32 `[T, dim]`, T = batch · seq tokens; what lies between kernels is of the
-//! recipe's `activations`. Kept for backward: the residual stream at both norms, qkv, attention's output, gate and up,
-//! and what each linear layer keeps of its input, packed where wgrad reads it packed.
+//! recipe's `activations`. Kept for backward: the residual stream at both norms, qkv, attention's output, gate and up (whose
+//! gradient takes their place), and what each linear layer keeps of its input, packed where wgrad reads it packed. All
+//! else is made and used up within a block, in memory that the blocks share.
 
 use crate::engine::buffer::{DType, Ids, Tensor};
 use crate::engine::{Context, Stream};
-use crate::kernels::adamw::{AdamW, AdamWDesc, AdamWState};
+use crate::kernels::adamw::{AdamW, AdamWDesc, AdamWState, StepScalars};
 use crate::kernels::cross_entropy::{IGNORED, cross_entropy};
 use crate::kernels::embedding::{self, EmbeddingGradient};
 use crate::kernels::oscillation::{Action, Oscillation};
@@ -30,7 +31,7 @@ use crate::kernels::{
 use crate::rng;
 use crate::{Error, Result};
 
-use super::linear::{Draws, LinearDesc, MxLinear, Step};
+use super::linear::{Draws, LinearDesc, MxLinear, Scratch, Step};
 use super::recipe::{Dense, Recipe};
 
 /// The sizes of a model and of its batch.
@@ -200,12 +201,12 @@ struct Routed {
 
 /// What the blocks with experts share.
 #[derive(Debug)]
-struct Scratch {
+struct RoutedShared {
     router: Router,
     logits: Tensor,
     dlogits: Tensor,
     dweights: Tensor,
-    xs: Tensor,
+    /// In forward the experts' input, where nothing keeps it.
     dxs: Tensor,
     dys: Tensor,
     /// The gradient of the router's input.
@@ -220,25 +221,20 @@ struct Shared {
     attention: Attention,
     embedding: EmbeddingGradient,
     reduce: Reduce,
-    /// Activations that nothing keeps.
-    y: Tensor,
-    h: Tensor,
-    o: Tensor,
-    /// The output of the last feed-forward part, not yet in the residual stream.
+    /// The output of the last part of a block, not yet in the residual stream; in backward attention's gradient.
     f: Tensor,
-    /// Gradients: of the residual stream (two, by turns), and of what lies between kernels.
-    ds: [Tensor; 2],
+    /// Gradients: of the residual stream, and of what lies between kernels. In forward `dy` and `dh` are the activations
+    /// themselves, where nothing keeps them.
+    ds: Tensor,
     dy: Tensor,
     dh: Tensor,
-    dgu: Tensor,
     dqkv: Tensor,
-    dattended: Tensor,
     dlogits: Tensor,
     logits: Tensor,
     losses: Tensor,
     /// With extra heads: the gradient of the trunk's output, of all of them.
     dtrunk: Option<Tensor>,
-    experts: Option<Scratch>,
+    experts: Option<RoutedShared>,
 }
 
 /// A head: the norm before it and what it keeps.
@@ -278,6 +274,8 @@ pub struct Model {
     heads: Vec<Head>,
     extra: Vec<Block>,
     shared: Shared,
+    /// What the linear layers share.
+    scratch: Scratch,
     tokens: Ids,
     /// The step's counters.
     pub counters: Counters,
@@ -295,6 +293,7 @@ struct Maker<'a> {
     seed: u64,
     params: Vec<Param>,
     layers: u32,
+    scratch: Scratch,
 }
 
 impl Maker<'_> {
@@ -351,7 +350,8 @@ impl Maker<'_> {
 
     fn linear(&mut self, name: &str, desc: LinearDesc, accumulate: bool) -> Result<MxLinear> {
         self.layers += 1;
-        MxLinear::new(self.ctx, &desc, self.recipe.layer(name), self.layers, accumulate)
+        let (recipe, scratch) = (self.recipe.layer(name), &mut self.scratch);
+        MxLinear::new(self.ctx, &desc, recipe, self.layers, accumulate, scratch)
             .map_err(|error| Error::Recipe(format!("{name}: {error}")))
     }
 
@@ -515,7 +515,8 @@ impl Model {
     pub fn new(ctx: &Context, desc: &ModelDesc, recipe: &Recipe, seed: u64) -> Result<Model> {
         desc.validate()?;
         recipe.validate()?;
-        let mut maker = Maker { ctx, desc, recipe, seed, params: Vec::new(), layers: 0 };
+        let (params, scratch) = (Vec::new(), Scratch::default());
+        let mut maker = Maker { ctx, desc, recipe, seed, params, layers: 0, scratch };
         let ModelDesc { vocabulary, dim, ffn, seq, batch, heads, .. } = *desc;
         let (t, act) = (desc.tokens(), maker.act());
         let embedding = maker.param("embedding".into(), [vocabulary, dim], 0.02, false)?;
@@ -539,16 +540,11 @@ impl Model {
             attention: Attention::new(ctx, &AttentionDesc { batch, seq, heads, head_dim })?,
             embedding: EmbeddingGradient::new(ctx, t, vocabulary, dim)?,
             reduce: Reduce::new(ctx, t)?,
-            y: zeros(act, dim)?,
-            h: slots(ffn)?,
-            o: zeros(act, dim)?,
             f: zeros(act, dim)?,
-            ds: [zeros(DType::F32, dim)?, zeros(DType::F32, dim)?],
+            ds: zeros(DType::F32, dim)?,
             dy: zeros(act, dim)?,
             dh: slots(ffn)?,
-            dgu: slots(2 * ffn)?,
             dqkv: zeros(act, 3 * dim)?,
-            dattended: zeros(act, dim)?,
             dlogits: zeros(DType::F32, vocabulary)?,
             logits: zeros(DType::F32, vocabulary)?,
             losses: zeros(DType::F32, 1)?,
@@ -558,12 +554,11 @@ impl Model {
             },
             experts: match router {
                 None => None,
-                Some(desc) => Some(Scratch {
+                Some(desc) => Some(RoutedShared {
                     router: Router::new(ctx, &desc)?,
                     logits: zeros(DType::F32, desc.experts)?,
                     dlogits: zeros(DType::F32, desc.experts)?,
                     dweights: zeros(DType::F32, desc.top_k)?,
-                    xs: slots(dim)?,
                     dxs: slots(dim)?,
                     dys: slots(dim)?,
                     dy: zeros(act, dim)?,
@@ -580,6 +575,7 @@ impl Model {
             heads: all,
             extra,
             shared,
+            scratch: maker.scratch,
             tokens: ctx.zeros_ids(t)?,
             counters: Counters {
                 x: ctx.zeros_ids(quantize_both::COUNTERS)?,
@@ -635,11 +631,11 @@ impl Model {
 
     /// Makes the forward products dense from now on; weights are to be prepared again.
     pub fn dense_forward(&mut self, dense: Dense) -> Result<()> {
-        let ctx = self.ctx.clone();
-        for (_, linear) in self.linears_mut() {
+        let Model { ctx, blocks, extra, heads, head, scratch, .. } = self;
+        for (_, linear) in all_linears(blocks, extra, heads, *head) {
             let recipe = linear.recipe().dense_forward(dense);
             if recipe != *linear.recipe() {
-                *linear = linear.with_recipe(&ctx, &recipe)?;
+                *linear = linear.with_recipe(ctx, &recipe, scratch)?;
             }
         }
         Ok(())
@@ -733,11 +729,40 @@ impl Model {
         routed.map(|r| (format!("{}.bias", params[r.router.0].name), &mut r.bias))
     }
 
-    /// Records the packing of all weights, after they changed.
-    pub fn prepare(&mut self, stream: &mut Stream<'_>, draws: Draws) -> Result<()> {
+    /// Records a step of the optimizer, and the packing of what it has just written for the forward products: then
+    /// [`Model::prepare`] has the rest to do. `norm` is [`crate::kernels::GradientNorm`]'s.
+    pub fn update(
+        &mut self,
+        stream: &mut Stream<'_>,
+        norm: &Tensor,
+        scalars: impl Fn(&Param) -> StepScalars,
+    ) -> Result<()> {
         let Model { params, blocks, extra, heads, head, .. } = self;
-        all_linears(blocks, extra, heads, *head)
-            .try_for_each(|(id, linear)| linear.prepare(stream, &params[id].value, draws))
+        let mut firsts: Vec<_> = params.iter().map(|_| None).collect();
+        for (id, linear) in all_linears(blocks, extra, heads, *head) {
+            firsts[id].get_or_insert(linear);
+        }
+        for (p, linear) in params.iter_mut().zip(firsts) {
+            let scalars = scalars(p);
+            let Param { adam, grad, value, state, .. } = p;
+            match linear.and_then(MxLinear::packing) {
+                Some((desc, packed)) => adam
+                    .record_quantized(stream, &scalars, grad, norm, value, state, &desc, packed)?,
+                None => adam.record(stream, &scalars, grad, norm, value, state)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Records the packing of all weights, after they changed. `updated`: by [`Model::update`], and by nothing since.
+    pub fn prepare(&mut self, stream: &mut Stream<'_>, draws: Draws, updated: bool) -> Result<()> {
+        let Model { params, blocks, extra, heads, head, .. } = self;
+        // Extra heads have the main one's weight: it is packed for the first of a weight's layers.
+        let mut packed = vec![updated; params.len()];
+        all_linears(blocks, extra, heads, *head).try_for_each(|(id, linear)| {
+            let packed = std::mem::take(&mut packed[id]);
+            linear.prepare(stream, &params[id].value, draws, packed)
+        })
     }
 
     /// Records a forward pass over the batch, for the main head's loss. With `scale`, all heads' losses and a backward pass as
@@ -768,7 +793,7 @@ impl Model {
         let Some(each) = each else { return Ok(()) };
         main.backward(stream, params, head, shared, pass, &mut counters.dy)?;
         if let Some(trunk) = &mut shared.dtrunk {
-            add::cast(stream, &shared.ds[0], trunk)?;
+            add::cast(stream, &shared.ds, trunk)?;
         }
         let each = each * MTP_WEIGHT / others.len().max(1) as f32;
         for (block, other) in extra.iter_mut().zip(others) {
@@ -787,17 +812,17 @@ impl Model {
             other.backward(stream, params, head, shared, pass, &mut counters.dy)?;
             block.backward(stream, params, shared, pass, &mut counters.dy)?;
             if let Some(trunk) = &mut shared.dtrunk {
-                add::add(stream, &shared.ds[0], trunk)?;
+                add::add(stream, &shared.ds, trunk)?;
             }
         }
         if let Some(trunk) = &shared.dtrunk {
-            add::cast(stream, trunk, &mut shared.ds[0])?;
+            add::cast(stream, trunk, &mut shared.ds)?;
         }
         for block in blocks.iter_mut().rev() {
             block.backward(stream, params, shared, pass, &mut counters.dy)?;
         }
         let table = &mut params[self.embedding].grad;
-        shared.embedding.record(stream, tokens, &shared.ds[0], table, false)
+        shared.embedding.record(stream, tokens, &shared.ds, table, false)
     }
 }
 
@@ -833,7 +858,7 @@ impl Block {
         pass: Pass,
         counters: &mut Ids,
     ) -> Result<()> {
-        let Shared { norm, rope, attention, y, h, o, f, experts, .. } = shared;
+        let Shared { norm, rope, attention, dy: y, dh: h, f, experts, .. } = shared;
         let value = |id: Id| &params[id].value;
         let y1 = self.y1.as_mut().unwrap_or(y);
         match s {
@@ -848,8 +873,8 @@ impl Block {
         rope.record(stream, &mut self.rotated, Direction::Forward)?;
         attention.forward(stream, &self.rotated, &mut self.attended, &mut self.lse)?;
         let (id, linear) = &mut self.out;
-        linear.forward(stream, &self.attended, value(*id), o, step(pass, counters))?;
-        let branch = Some((&*o, &mut self.s2));
+        linear.forward(stream, &self.attended, value(*id), f, step(pass, counters))?;
+        let branch = Some((&*f, &mut self.s2));
         let gain = value(self.norm2);
         let Some((routed, e)) = self.routed.as_mut().zip(experts.as_mut()) else {
             let y2 = self.y2.as_mut().unwrap_or(y);
@@ -865,7 +890,7 @@ impl Block {
         norm.forward(stream, &self.s1, branch, gain, y, &mut self.rstd2)?;
         linear.forward(stream, y, value(*id), &mut e.logits, step(pass, counters))?;
         e.router.record(stream, &e.logits, Some(bias), routes)?;
-        let xs = self.y2.as_mut().unwrap_or(&mut e.xs);
+        let xs = self.y2.as_mut().unwrap_or(&mut e.dxs);
         permute::gather(stream, routes, y, xs)?;
         let (id, linear) = &mut self.gate_up;
         let groups = Some(&routes.groups);
@@ -879,7 +904,7 @@ impl Block {
         permute::combine(stream, routes, ys, f, false)
     }
 
-    /// From the gradient of the block's output in `shared.ds[0]` to that of its input, in the same place.
+    /// From the gradient of the block's output in `shared.ds` to that of its input, in the same place.
     fn backward(
         &mut self,
         stream: &mut Stream<'_>,
@@ -888,34 +913,33 @@ impl Block {
         pass: Pass,
         counters: &mut Ids,
     ) -> Result<()> {
-        let Shared {
-            norm, rope, attention, ds: [a, b], dy, dh, dgu, dqkv, dattended, experts, ..
-        } = shared;
+        let Shared { norm, rope, attention, ds, dy, dh, dqkv, f: dattended, experts, .. } = shared;
         match self.routed.as_mut().zip(experts.as_mut()) {
             None => {
                 let (id, linear) = &mut self.down;
                 let Param { value, grad, .. } = &mut params[*id];
                 let h = self.h.as_ref();
-                linear.backward(stream, h, value, a, dh, grad, step(pass, counters))?;
-                swiglu::backward(stream, &self.gu, dh, dgu)?;
+                linear.backward(stream, h, value, ds, dh, grad, step(pass, counters))?;
+                swiglu::backward(stream, &mut self.gu, dh)?;
                 let (id, linear) = &mut self.gate_up;
                 let Param { value, grad, .. } = &mut params[*id];
                 let y2 = self.y2.as_ref();
-                linear.backward(stream, y2, value, dgu, dy, grad, step(pass, counters))?;
+                linear.backward(stream, y2, value, &self.gu, dy, grad, step(pass, counters))?;
             }
             Some((Routed { router, bias, routes, y, ys }, e)) => {
                 let groups = Some(&routes.groups);
-                permute::combine_backward(stream, routes, a, ys, &mut e.dys, &mut e.dweights)?;
+                permute::combine_backward(stream, routes, ds, ys, &mut e.dys, &mut e.dweights)?;
                 let (id, linear) = &mut self.down;
                 let Param { value, grad, .. } = &mut params[*id];
                 let of = Step { groups, ..step(pass, counters) };
                 linear.backward(stream, self.h.as_ref(), value, &e.dys, dh, grad, of)?;
                 permute::clear_padding(stream, routes, dh)?;
-                swiglu::backward(stream, &self.gu, dh, dgu)?;
+                swiglu::backward(stream, &mut self.gu, dh)?;
                 let (id, linear) = &mut self.gate_up;
                 let Param { value, grad, .. } = &mut params[*id];
                 let of = Step { groups, ..step(pass, counters) };
-                linear.backward(stream, self.y2.as_ref(), value, dgu, &mut e.dxs, grad, of)?;
+                let y2 = self.y2.as_ref();
+                linear.backward(stream, y2, value, &self.gu, &mut e.dxs, grad, of)?;
                 permute::gather_backward(stream, routes, &e.dxs, dy, false)?;
                 e.router.backward(stream, routes, &e.dweights, &mut e.dlogits, 0.0)?;
                 let (id, linear) = router;
@@ -927,11 +951,11 @@ impl Block {
             }
         }
         let Param { value, grad, .. } = &mut params[self.norm2];
-        norm.backward(stream, &self.s2, value, &self.rstd2, dy, Some(a), b, grad, false)?;
+        norm.backward(stream, &self.s2, value, &self.rstd2, dy, true, ds, grad, false)?;
         let (id, linear) = &mut self.out;
         let Param { value, grad, .. } = &mut params[*id];
         let x = Some(&self.attended);
-        linear.backward(stream, x, value, b, dattended, grad, step(pass, counters))?;
+        linear.backward(stream, x, value, ds, dattended, grad, step(pass, counters))?;
         attention.backward(stream, &self.rotated, &self.attended, &self.lse, dattended, dqkv)?;
         rope.record(stream, dqkv, Direction::Backward)?;
         let (id, linear) = &mut self.qkv;
@@ -939,7 +963,7 @@ impl Block {
         let y1 = self.y1.as_ref();
         linear.backward(stream, y1, value, dqkv, dy, grad, step(pass, counters))?;
         let Param { value, grad, .. } = &mut params[self.norm1];
-        norm.backward(stream, &self.s1, value, &self.rstd1, dy, Some(b), a, grad, false)
+        norm.backward(stream, &self.s1, value, &self.rstd1, dy, true, ds, grad, false)
     }
 }
 
@@ -968,7 +992,7 @@ impl Head {
         reduce.mean(stream, losses, Some(&self.targets), &mut self.loss)
     }
 
-    /// From `shared.dlogits` to the gradient of the residual stream, in `shared.ds[0]`.
+    /// From `shared.dlogits` to the gradient of the residual stream, in `shared.ds`.
     fn backward(
         &mut self,
         stream: &mut Stream<'_>,
@@ -978,7 +1002,7 @@ impl Head {
         pass: Pass,
         counters: &mut Ids,
     ) -> Result<()> {
-        let Shared { norm, dlogits, dy, ds: [a, _], .. } = shared;
+        let Shared { norm, dlogits, dy, ds, .. } = shared;
         let Param { value, grad, .. } = &mut params[head];
         self.linear.backward(
             stream,
@@ -990,6 +1014,6 @@ impl Head {
             step(pass, counters),
         )?;
         let Param { value, grad, .. } = &mut params[self.norm];
-        norm.backward(stream, &self.s, value, &self.rstd, dy, None, a, grad, false)
+        norm.backward(stream, &self.s, value, &self.rstd, dy, false, ds, grad, false)
     }
 }

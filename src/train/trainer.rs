@@ -97,14 +97,14 @@ impl Trainer {
             desc: desc.clone(),
         };
         let mut stream = ctx.stream();
-        trainer.prepare(&mut stream)?;
+        trainer.prepare(&mut stream, false)?;
         trainer.oscillate(&mut stream, Action::Start)?;
         ctx.submit(stream)?;
         Ok(trainer)
     }
 
-    /// Records what the next step needs of the weights: signs and draws are its own.
-    fn prepare(&mut self, stream: &mut Stream<'_>) -> Result<()> {
+    /// Records what the next step needs of the weights: signs and draws are its own. `updated`: see [`Model::prepare`].
+    fn prepare(&mut self, stream: &mut Stream<'_>, updated: bool) -> Result<()> {
         let Recipe { activations, late_forward, .. } = self.desc.recipe;
         let late = (f64::from(late_forward) * self.desc.steps as f64).round() as u64;
         if !self.late && late > 0 && self.step + late >= self.desc.steps {
@@ -112,7 +112,7 @@ impl Trainer {
             self.model.dense_forward(activations)?;
         }
         let draws = Draws { seed: self.desc.seed, step: self.step as u32 + 1 };
-        self.model.prepare(stream, draws)
+        self.model.prepare(stream, draws, updated)
     }
 
     fn oscillate(&mut self, stream: &mut Stream<'_>, action: Action) -> Result<()> {
@@ -165,21 +165,18 @@ impl Trainer {
         self.model.record(stream, Pass { draws, count }, Some(scale))?;
         let grads: Vec<&Tensor> = self.model.params.iter().map(|p| &p.grad).collect();
         self.norm.record(stream, &grads, 1.0 / scale, o.clip_norm, &mut self.status)?;
-        for p in &mut self.model.params {
-            let scalars = StepScalars {
-                step: number,
-                lr,
-                weight_decay: if p.decay { o.weight_decay } else { 0.0 },
-                seed: self.desc.seed,
-            };
-            p.adam.record(stream, &scalars, &p.grad, &self.status, &mut p.value, &mut p.state)?;
-        }
+        self.model.update(stream, &self.status, |p| StepScalars {
+            step: number,
+            lr,
+            weight_decay: if p.decay { o.weight_decay } else { 0.0 },
+            seed: self.desc.seed,
+        })?;
         self.step += 1;
-        self.prepare(stream)?;
+        self.prepare(stream, true)?;
         match self.desc.recipe.oscillation {
             Some(reset) if self.step.is_multiple_of(reset.every) => {
                 self.oscillate(stream, Action::Reset)?;
-                self.prepare(stream)
+                self.prepare(stream, false)
             }
             _ => self.oscillate(stream, Action::Walk),
         }
@@ -282,7 +279,7 @@ impl Trainer {
         }
         let draws = Draws { seed: self.desc.seed, step: self.step as u32 + 1 };
         let mut stream = self.ctx.stream();
-        model.prepare(&mut stream, draws)?;
+        model.prepare(&mut stream, draws, false)?;
         self.ctx.submit(stream)?;
         let mut text = prompt.to_vec();
         for i in 0..count {
@@ -394,7 +391,7 @@ impl Trainer {
         self.steady_since = checkpoint.value("steady_since")?;
         self.bad = checkpoint.value("bad")?;
         let mut stream = ctx.stream();
-        self.prepare(&mut stream)?;
+        self.prepare(&mut stream, false)?;
         ctx.submit(stream)
     }
 
@@ -410,7 +407,7 @@ impl Trainer {
             bias.data.write(&ctx, &bytes)?;
         }
         let mut stream = ctx.stream();
-        self.prepare(&mut stream)?;
+        self.prepare(&mut stream, false)?;
         self.oscillate(&mut stream, Action::Start)?;
         ctx.submit(stream)
     }

@@ -401,7 +401,7 @@ mod tests {
             }
             model.set_batch(&tokens).unwrap();
             let mut stream = ctx.stream();
-            model.prepare(&mut stream, DRAWS).unwrap();
+            model.prepare(&mut stream, DRAWS, false).unwrap();
             model.record(&mut stream, pass, Some(1.0)).unwrap();
             ctx.submit(stream).unwrap();
             if let Some(tuner) = tuner {

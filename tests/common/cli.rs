@@ -62,4 +62,16 @@ impl Dir {
     pub fn run(&self, args: &[&str]) -> Output {
         self.command(None, args).output().unwrap()
     }
+
+    /// The program, whose output nobody reads: it must end without a word, and leave no unfinished file.
+    #[track_caller]
+    pub fn unread(&self, args: &[&str]) {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = self.command(None, args).stdout(writer).output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "", "{args:?}");
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+        let names = self.names();
+        assert!(names.iter().all(|name| !name.starts_with('.')), "{args:?}: {names:?}");
+    }
 }

@@ -1,13 +1,13 @@
 //! Vulkan properties that wgpu does not pass on, read through wgpu-hal.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, c_void};
 
 use ash::vk;
 
 use super::Capability;
 
 /// `VK_COMPONENT_TYPE_*` values newer than ash 0.38's headers (Vulkan 1.4.360 registry).
-const FLOAT8_E4M3: i32 = 1_000_491_002;
+pub(crate) const FLOAT8_E4M3: i32 = 1_000_491_002;
 const FLOAT8_E5M2: i32 = 1_000_491_003;
 pub(crate) const BFLOAT16: i32 = 1_000_141_000;
 const FLOAT4_E2M1_NAME: &str = "a component type newer than this probe";
@@ -72,30 +72,21 @@ pub(super) fn probe(adapter: &wgpu::Adapter) -> Vec<Capability> {
         ),
     ];
 
-    let (state, types) = cooperative(
-        hal.shared_instance().entry(),
-        instance,
-        device,
-        has(ash::khr::cooperative_matrix::NAME),
-    );
-    lines.push(state);
-    let fp8 = types.iter().any(|t| [FLOAT8_E4M3, FLOAT8_E5M2].contains(t));
-    lines.push(Capability::new(
-        "fp8-cooperative-matrix",
-        fp8,
-        if fp8 {
-            "the driver lists FP8 among its cooperative configurations".to_string()
-        } else if has(c"VK_EXT_shader_float8") {
-            "VK_EXT_shader_float8 is there, but no cooperative configuration uses FP8".to_string()
-        } else {
-            "the driver has no VK_EXT_shader_float8".to_string()
-        },
-    ));
-    lines.push(extension("fp8-conversion", c"VK_EXT_shader_float8", "FP8 types in shaders"));
+    let configurations = has(ash::khr::cooperative_matrix::NAME)
+        .then(|| configurations(hal.shared_instance().entry(), instance, device));
+    lines.push(cooperative(&configurations));
+    let features = has(FLOAT8).then(|| Float8Features::of(instance, device));
+    let list = configurations.flatten().unwrap_or_default();
+    let (fp8, reason) = match e4m3_matrices(features.as_ref(), &list) {
+        Ok(k) => (true, format!("16x16x{k} e4m3·e4m3→f32: E2M1 operands of the tensor tier")),
+        Err(reason) => (false, reason),
+    };
+    lines.push(Capability::new("fp8-cooperative-matrix", fp8, reason));
+    lines.push(extension("fp8-conversion", FLOAT8, "FP8 types in shaders"));
     lines.push(extension(
         "mx-conversion",
         c"VK_EXT_shader_ocp_microscaling_types",
-        "conversions only; the extension has no block-scaled matrix product",
+        "conversions alone, which no kernel here uses yet; it has no block-scaled matrix product",
     ));
     lines.push(extension("bf16-types", c"VK_KHR_shader_bfloat16", "bfloat16 types in shaders"));
     lines.push(extension(
@@ -106,45 +97,126 @@ pub(super) fn probe(adapter: &wgpu::Adapter) -> Vec<Capability> {
     lines
 }
 
-/// The driver's own list of cooperative configurations, wider than wgpu's, and the component types in it.
-fn cooperative(
-    entry: &ash::Entry,
-    instance: &ash::Instance,
-    device: vk::PhysicalDevice,
-    has: bool,
-) -> (Capability, Vec<i32>) {
+/// The driver's own list of cooperative configurations, wider than wgpu's.
+fn cooperative(configurations: &Option<Option<Vec<Configuration>>>) -> Capability {
     const NAME: &str = "driver-cooperative-matrix";
-    if !has {
-        return (
-            Capability::new(NAME, false, "the driver has no VK_KHR_cooperative_matrix"),
-            Vec::new(),
-        );
-    }
-    let Some(properties) = configurations(entry, instance, device) else {
-        return (
-            Capability::new(NAME, false, "the driver refuses to list its configurations"),
-            Vec::new(),
-        );
+    let Some(answer) = configurations else {
+        return Capability::new(NAME, false, "the driver has no VK_KHR_cooperative_matrix");
     };
-    let mut types = Vec::new();
+    let Some(properties) = answer else {
+        return Capability::new(NAME, false, "the driver refuses to list its configurations");
+    };
     let mut list = Vec::new();
-    for p in &properties {
-        let [m, n, k] = p.size;
-        let [a, b, _, result] = p.types;
-        types.extend([a.as_raw(), b.as_raw()]);
-        let text = format!("{m}x{n}x{k} {}·{}→{}", component(a), component(b), component(result));
+    for p in properties {
+        let text = p.to_string();
         if !list.contains(&text) {
             list.push(text);
         }
     }
-    (Capability::new(NAME, !list.is_empty(), list.join(", ")), types)
+    Capability::new(NAME, !list.is_empty(), list.join(", "))
+}
+
+/// The extension with FP8 types.
+pub(crate) const FLOAT8: &CStr = c"VK_EXT_shader_float8";
+
+/// VkPhysicalDeviceShaderFloat8FeaturesEXT, which ash 0.38 does not have yet.
+#[repr(C)]
+pub(crate) struct Float8Features {
+    s_type: vk::StructureType,
+    pub(crate) p_next: *mut c_void,
+    pub(crate) types: vk::Bool32,
+    pub(crate) cooperative_matrix: vk::Bool32,
+}
+
+impl Float8Features {
+    pub(crate) fn new(types: bool, cooperative_matrix: bool) -> Float8Features {
+        Float8Features {
+            s_type: vk::StructureType::from_raw(1_000_567_000),
+            p_next: std::ptr::null_mut(),
+            types: types.into(),
+            cooperative_matrix: cooperative_matrix.into(),
+        }
+    }
+
+    /// What a device has, which must have the extension.
+    fn of(instance: &ash::Instance, device: vk::PhysicalDevice) -> Float8Features {
+        let mut fp8 = Float8Features::new(false, false);
+        let mut features =
+            vk::PhysicalDeviceFeatures2 { p_next: (&raw mut fp8).cast(), ..Default::default() };
+        // SAFETY: `device` belongs to `instance`; the chained structure is the extension's, and outlives the call.
+        unsafe { instance.get_physical_device_features2(device, &mut features) };
+        fp8
+    }
+}
+
+/// How many positions a usable product of cooperative matrices in E4M3 contracts, or why there is none. Usable: by a subgroup,
+/// 16×16 outputs, f32 sums. `features`: None without the extension.
+pub(crate) fn e4m3_matrices(
+    features: Option<&Float8Features>,
+    list: &[Configuration],
+) -> Result<u32, String> {
+    match features {
+        None => return Err("the driver has no VK_EXT_shader_float8".into()),
+        Some(fp8) if fp8.types != vk::TRUE || fp8.cooperative_matrix != vk::TRUE => {
+            return Err(
+                "VK_EXT_shader_float8 is there, shaderFloat8CooperativeMatrix is not".into()
+            );
+        }
+        Some(_) => {}
+    }
+    let fp8 = |c: &&Configuration| {
+        c.types[..2].iter().any(|t| [FLOAT8_E4M3, FLOAT8_E5M2].contains(&t.as_raw()))
+    };
+    let usable = |c: &&Configuration, k: u32| {
+        let [a, b, sums @ ..] = c.types;
+        c.subgroup
+            && c.size == [16, 16, k]
+            && [a.as_raw(), b.as_raw()] == [FLOAT8_E4M3; 2]
+            && sums == [vk::ComponentTypeKHR::FLOAT32; 2]
+    };
+    // Fewer instructions with the longer one.
+    [32, 16].into_iter().find(|k| list.iter().any(|c| usable(&c, *k))).ok_or_else(|| {
+        let found: Vec<_> = list.iter().filter(fp8).map(Configuration::to_string).collect();
+        match found.is_empty() {
+            true => {
+                "VK_EXT_shader_float8 is there, but no cooperative configuration uses FP8".into()
+            }
+            false => format!(
+                "16x16x32 or 16x16x16 e4m3·e4m3→f32 of a subgroup is needed, the driver lists {}",
+                found.join(", ")
+            ),
+        }
+    })
+}
+
+/// [`e4m3_matrices`] of an adapter.
+#[cfg(not(target_vendor = "apple"))]
+pub(crate) fn e4m3_matrices_of(adapter: &wgpu::Adapter) -> Option<u32> {
+    // SAFETY: the adapter handle is only used within this function, while `adapter` is alive.
+    let hal = unsafe { adapter.as_hal::<wgpu::hal::api::Vulkan>() }?;
+    let has = |name| hal.physical_device_capabilities().supports_extension(name);
+    if !has(FLOAT8) || !has(ash::khr::cooperative_matrix::NAME) {
+        return None;
+    }
+    let (instance, device) = (hal.shared_instance().raw_instance(), hal.raw_physical_device());
+    let list = configurations(hal.shared_instance().entry(), instance, device)?;
+    e4m3_matrices(Some(&Float8Features::of(instance, device)), &list).ok()
 }
 
 /// A cooperative configuration: m, n, k; the types of A, B, C and the result; whether it is a subgroup's.
+#[derive(Clone, Debug)]
 pub(crate) struct Configuration {
     pub(crate) size: [u32; 3],
     pub(crate) types: [vk::ComponentTypeKHR; 4],
     pub(crate) subgroup: bool,
+}
+
+impl std::fmt::Display for Configuration {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [m, n, k] = self.size;
+        let [a, b, _, result] = self.types.map(component);
+        write!(f, "{m}x{n}x{k} {a}·{b}→{result}")
+    }
 }
 
 /// The driver's cooperative configurations; only where it has VK_KHR_cooperative_matrix.
@@ -179,5 +251,65 @@ fn component(t: vk::ComponentTypeKHR) -> String {
             BFLOAT16 => "bf16".into(),
             raw => format!("{FLOAT4_E2M1_NAME} ({raw})"),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const E4M3: vk::ComponentTypeKHR = vk::ComponentTypeKHR::from_raw(FLOAT8_E4M3);
+    const E5M2: vk::ComponentTypeKHR = vk::ComponentTypeKHR::from_raw(FLOAT8_E5M2);
+    const F32: vk::ComponentTypeKHR = vk::ComponentTypeKHR::FLOAT32;
+    const F16: vk::ComponentTypeKHR = vk::ComponentTypeKHR::FLOAT16;
+
+    fn configuration(size: [u32; 3], [a, b, sums]: [vk::ComponentTypeKHR; 3]) -> Configuration {
+        Configuration { size, types: [a, b, sums, sums], subgroup: true }
+    }
+
+    #[test]
+    fn fp8_needs_the_features_and_a_configuration() {
+        let all = Float8Features::new(true, true);
+        let usable = configuration([16, 16, 32], [E4M3, E4M3, F32]);
+        let short = configuration([16; 3], [E4M3, E4M3, F32]);
+        assert_eq!(e4m3_matrices(Some(&all), std::slice::from_ref(&usable)), Ok(32));
+        assert_eq!(e4m3_matrices(Some(&all), std::slice::from_ref(&short)), Ok(16));
+        assert_eq!(e4m3_matrices(Some(&all), &[short, usable.clone()]), Ok(32));
+
+        let says = |features: Option<Float8Features>, list: &[Configuration], part: &str| {
+            let reason = e4m3_matrices(features.as_ref(), list).unwrap_err();
+            assert!(reason.contains(part), "{reason:?} lacks {part:?}");
+        };
+        says(None, std::slice::from_ref(&usable), "no VK_EXT_shader_float8");
+        for (types, matrices) in [(true, false), (false, true), (false, false)] {
+            let features = Float8Features::new(types, matrices);
+            says(
+                Some(features),
+                std::slice::from_ref(&usable),
+                "shaderFloat8CooperativeMatrix is not",
+            );
+        }
+        let has = || Some(Float8Features::new(true, true));
+        says(has(), &[], "no cooperative configuration uses FP8");
+        says(
+            has(),
+            &[configuration([16; 3], [F16, F16, F32])],
+            "no cooperative configuration uses",
+        );
+        // All that is listed, and unusable.
+        let workgroup = Configuration { subgroup: false, ..usable.clone() };
+        let mut sums = usable.clone();
+        sums.types[2] = F16;
+        for (wrong, text) in [
+            (configuration([16, 8, 32], [E4M3, E4M3, F32]), "16x8x32 e4m3·e4m3→f32"),
+            (configuration([16, 16, 64], [E4M3, E4M3, F32]), "16x16x64 e4m3·e4m3→f32"),
+            (configuration([16, 16, 32], [E5M2, E4M3, F32]), "16x16x32 e5m2·e4m3→f32"),
+            (configuration([16, 16, 32], [E4M3, E5M2, F32]), "16x16x32 e4m3·e5m2→f32"),
+            (configuration([16, 16, 32], [E4M3, E4M3, F16]), "16x16x32 e4m3·e4m3→f16"),
+            (sums, "16x16x32 e4m3·e4m3→f32"),
+            (workgroup, "of a subgroup is needed"),
+        ] {
+            says(has(), &[wrong], text);
+        }
     }
 }

@@ -1,10 +1,11 @@
 //! Recording a product on a GPU, and its kernels.
 
+use super::fp8;
 use super::tier::{self, Fragments, Load, Shape};
 use super::{Extras, Input, Matmul, MatmulDesc, Operand, Output, Target, Tier, Values};
 use crate::engine::buffer::{Chunk, DType, Rows, STATE_WORDS};
-use crate::engine::gpu::Gpu;
-use crate::engine::shader::{BF16_FRAGMENTS, Binding, Kernel, Source, shader};
+use crate::engine::gpu::{Gpu, Scratch};
+use crate::engine::shader::{BF16_FRAGMENTS, Binding, E4M3_FRAGMENTS, Kernel, Source, shader};
 use crate::engine::{Engine, Stream};
 use crate::formats::{Block, Element, MxSpec, Rounding, ScaleFormat};
 use crate::kernels::{
@@ -114,11 +115,16 @@ pub(super) fn record(
         _ => tier::shape(gpu, desc, tier, slice.is_some()),
     };
     let variant = Variant::new(desc, tier, shape, slice.is_some());
-    let storage = variant.bindings().len() - 1;
-    let limit = gpu.device.limits().max_storage_buffers_per_shader_stage as usize;
+    let fp8 = matmul.e4m3.filter(|_| bound_at_once && tier == Tier::Tensor);
+    let variants = match fp8.and_then(|way| variant.windowed(way)) {
+        Some(two) if two[0].storage().len() <= most_storage(gpu) => two,
+        _ => vec![variant],
+    };
+    let storage = variants[0].storage().len();
+    let limit = most_storage(gpu);
     if storage > limit {
         return Err(Error::Unsupported {
-            operation: variant.name(),
+            operation: variants[0].name(),
             needs: format!("{storage} storage buffers in a shader"),
             has: format!("the device has {limit}"),
         });
@@ -158,6 +164,12 @@ pub(super) fn record(
     for data in extras.bias.map(|t| &t.data).into_iter().chain(extras.groups.map(|g| &g.data)) {
         more.extend(data.chunks().map(|chunk| chunk.buffer));
     }
+    let windows = match variants[0].is_windowed() {
+        true => Some(fp8::windows(stream, gpu, desc, a, b)?),
+        false => None,
+    };
+    let b_windows = windows.as_ref().map_or(0, |(_, first)| *first);
+    more.extend(windows.as_ref().map(|(buffer, _)| buffer));
     let whole = bound_at_once;
     if !whole && desc.experts.is_some() {
         return Err(Error::TooLarge {
@@ -169,7 +181,9 @@ pub(super) fn record(
         });
     }
     if let (Some(slice), [yp]) = (slice, &ys[..]) {
-        return record_sliced(matmul, stream, gpu, (slice, &variant), &sides, &yp.buffers, extras);
+        let windows = windows.as_ref().map(|(buffer, first)| (buffer, *first));
+        let products = (slice, &variants[..], windows);
+        return record_sliced(matmul, stream, gpu, products, &sides, &yp.buffers, extras);
     }
     // All batches in one dispatch where everything can be bound at once, one at a time else.
     let (rounds, batches) = if whole { (1, y_stack) } else { (y_stack, 1) };
@@ -213,19 +227,17 @@ pub(super) fn record(
                         y_blocks,
                         slice: 0,
                         sums: 0,
+                        windows: b_windows,
                     };
                     let (params, groups) = place.params(desc, tier, shape, &sides, extras);
                     let mut buffers = ap.buffers.clone();
                     buffers.extend(&bp.buffers);
                     buffers.extend(&yp.buffers);
                     buffers.extend(&more);
-                    stream.dispatch(
-                        &variant.name(),
-                        || variant.kernel(),
-                        &params,
-                        &buffers,
-                        groups,
-                    )?;
+                    for variant in &variants {
+                        let name = variant.name();
+                        stream.dispatch(&name, || variant.kernel(), &params, &buffers, groups)?;
+                    }
                 }
             }
         }
@@ -236,19 +248,24 @@ pub(super) fn record(
     }
 }
 
+/// How many storage buffers a kernel may have.
+fn most_storage(gpu: &Gpu) -> usize {
+    gpu.device.limits().max_storage_buffers_per_shader_stage as usize
+}
+
 /// The same with k in slices: their sums, and then what adds them.
 fn record_sliced(
     matmul: &Matmul,
     stream: &mut Stream<'_>,
     gpu: &Gpu,
-    (slice, product): (usize, &Variant),
+    (slice, products, windows): (usize, &[Variant], Option<(&wgpu::Buffer, usize)>),
     sides: &[Side<'_>; 2],
     y: &[&wgpu::Buffer],
     extras: Extras<'_>,
 ) -> Result<()> {
     let desc = &matmul.desc;
     let (slices, pitch) = (desc.k.div_ceil(slice), desc.n.next_multiple_of(4));
-    let sums = gpu.scratch((slices * desc.m * pitch * 4) as u64)?;
+    let sums = gpu.scratch(Scratch::Sums, (slices * desc.m * pitch * 4) as u64)?;
     let place = Place {
         m: desc.m,
         n: desc.n,
@@ -263,11 +280,16 @@ fn record_sliced(
         y_blocks: 0,
         slice,
         sums: pitch / 4,
+        windows: windows.map_or(0, |(_, first)| first),
     };
     let inputs: Vec<_> = sides.iter().flat_map(|side| &side.pieces).map(|p| &p.buffers).collect();
-    let (params, groups) = place.params(desc, matmul.tier, product.shape, sides, extras);
-    let buffers: Vec<_> = inputs.iter().flat_map(|b| b.iter().copied()).chain([&sums]).collect();
-    stream.dispatch(&product.name(), || product.kernel(), &params, &buffers, groups)?;
+    let (params, groups) = place.params(desc, matmul.tier, products[0].shape, sides, extras);
+    let mut buffers: Vec<_> = inputs.iter().flat_map(|b| b.iter().copied()).collect();
+    buffers.push(&sums);
+    buffers.extend(windows.map(|(buffer, _)| buffer));
+    for product in products {
+        stream.dispatch(&product.name(), || product.kernel(), &params, &buffers, groups)?;
+    }
 
     let join = Variant::join(desc);
     let place = Place { batches: 1, y_pitch: desc.n, ..place };
@@ -311,6 +333,7 @@ pub(super) fn record_join(
         y_blocks: 0,
         slice: desc.k,
         sums: pitch / 4,
+        windows: 0,
     };
     let (mut params, groups) = place.params(desc, Tier::Alu, join.shape, &sides, extras);
     params[EXPONENT] = exponent as u32;
@@ -342,6 +365,8 @@ struct Place {
     slice: usize,
     /// Quads of a row of sums that are to be joined.
     sums: usize,
+    /// Where the windows of B's lines start.
+    windows: usize,
 }
 
 impl Place {
@@ -401,7 +426,7 @@ impl Place {
         ];
         let mut params: Vec<u32> = params.iter().map(|p| *p as u32).collect();
         params.extend([desc.alpha.to_bits(), desc.beta.to_bits(), desc.exponent(tier) as u32, 0]);
-        params.extend([carry, tensor_scale, self.sums as u32, 0]);
+        params.extend([carry, tensor_scale, self.sums as u32, self.windows as u32]);
         params.extend(key);
         params.extend([counter as u32, (counter >> 32) as u32, draws as u32, self.slice as u32]);
         (params, tiles_m as u64 * tiles_n as u64 * self.batches as u64)
@@ -430,6 +455,8 @@ struct Variant {
     out: Out,
     bias: bool,
     grouped: Grouped,
+    /// Whether it is for the tiles that the same kernel in E4M3 leaves.
+    outside: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -518,7 +545,44 @@ impl Variant {
                 (Some(_), false) => Grouped::Rows,
                 (Some(_), true) => Grouped::K,
             },
+            outside: false,
         }
+    }
+
+    /// Two that share its tiles: in E4M3 those whose lines allow it, and in f16 the others (for a test: not at all).
+    fn windowed(&self, way: fp8::Way) -> Option<Vec<Variant>> {
+        let Shape::Tensor { subgroups, fragments, slices, side: 16, by } = self.shape else {
+            return None;
+        };
+        let emulated = by == Fragments::Emulated;
+        if by == Fragments::Wgsl || emulated != way.emulated {
+            return None;
+        }
+        let by = Fragments::E4m3 { k: way.k, emulated };
+        let shape = Shape::Tensor { subgroups, fragments, slices, side: 16, by };
+        let mut list = vec![Variant { shape, ..*self }];
+        if !way.alone {
+            list.push(Variant { outside: true, ..*self });
+        }
+        Some(list)
+    }
+
+    /// Whether [`Variant::windowed`] is for it.
+    fn is_for_e4m3(&self) -> bool {
+        self.tier == Tier::Tensor && fp8::lack(self.a, self.b).is_none()
+    }
+
+    /// Fragments of E4M3: positions that they contract, and whether they are emulated.
+    fn e4m3(&self) -> Option<(u32, bool)> {
+        match self.shape {
+            Shape::Tensor { by: Fragments::E4m3 { k, emulated }, .. } => Some((k, emulated)),
+            _ => None,
+        }
+    }
+
+    /// Whether it leaves tiles to another.
+    fn is_windowed(&self) -> bool {
+        self.outside || self.e4m3().is_some()
     }
 
     fn name(&self) -> String {
@@ -545,7 +609,7 @@ impl Variant {
             Out::Sums => "sums".into(),
         };
         format!(
-            "matmul.{}.{shape}.{}.{}.{out}{}{}",
+            "matmul.{}.{shape}.{}.{}.{out}{}{}{}",
             self.tier,
             operand(self.a, self.load[0], self.whole[0]),
             operand(self.b, self.load[1], self.whole[1]),
@@ -555,7 +619,8 @@ impl Variant {
                 Grouped::Rows => ".grouped",
                 Grouped::K => ".grouped-k",
                 Grouped::Slices => ".sliced",
-            }
+            },
+            if self.outside { ".outside" } else { "" }
         )
     }
 
@@ -602,6 +667,9 @@ impl Variant {
         if matches!(self.grouped, Grouped::Rows | Grouped::K) {
             list.push(("groups".into(), "array<atomic<u32>>", true));
         }
+        if self.is_windowed() {
+            list.push(("windows".into(), "array<u32>", false));
+        }
         list
     }
 
@@ -640,7 +708,8 @@ impl Variant {
         let mut source = Source::new();
         let (mut features, mut passthrough) = (wgpu::Features::empty(), false);
         let halves = matches!(self.shape, Shape::Skinny { halves: true, .. });
-        if tensor || halves {
+        let e4m3 = self.e4m3();
+        if tensor && e4m3.is_none() || halves {
             source = source.line("enable f16;");
             features |= wgpu::Features::SHADER_F16;
         }
@@ -649,13 +718,16 @@ impl Variant {
             passthrough = true;
             features |= wgpu::Features::PASSTHROUGH_SHADERS;
         }
-        if let Shape::Tensor { side, by: by @ (Fragments::Spirv | Fragments::Wgsl), .. } =
-            self.shape
+        if let Shape::Tensor {
+            side,
+            by: by @ (Fragments::Spirv | Fragments::Wgsl | Fragments::E4m3 { emulated: false, .. }),
+            ..
+        } = self.shape
         {
             features |= wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
             source = source.line("enable wgpu_cooperative_matrix;");
             // naga says a matrix loaded from f32 memory is of f32; src/engine/spirv.rs says otherwise.
-            let loaded = if by == Fragments::Spirv { "f32" } else { "f16" };
+            let loaded = if by == Fragments::Wgsl { "f16" } else { "f32" };
             for (name, scalar) in [("A", loaded), ("B", loaded), ("C", "f32")] {
                 source = source
                     .line(&format!("alias Mat{name} = coop_mat{side}x{side}<{scalar}, {name}>;"));
@@ -663,7 +735,10 @@ impl Variant {
             if bf16 {
                 source = source.line(BF16_FRAGMENTS);
             }
-            if by == Fragments::Spirv {
+            if let Some((k, _)) = e4m3 {
+                source = source.line(&format!("{E4M3_FRAGMENTS}{k}"));
+            }
+            if by != Fragments::Wgsl {
                 passthrough = true;
                 features |= wgpu::Features::PASSTHROUGH_SHADERS;
             }
@@ -690,6 +765,8 @@ impl Variant {
                 .constant("FM", fragments[0])
                 .constant("FN", fragments[1])
                 .constant("FRAGMENT", side)
+                .constant("FRAGMENT_K", e4m3.map_or(side, |(k, _)| k))
+                .flag("E4M3", e4m3.is_some())
                 .constant("A_UNITS", self.shape.outputs()[0] / (self.workgroup() / slices / 4))
                 .constant("B_UNITS", self.shape.outputs()[1] / (self.workgroup() / slices / 4)),
         };
@@ -710,6 +787,7 @@ impl Variant {
             .flag("EXACT", self.tier == Tier::Exact)
             .flag("PAIRS", alike && [[Load::Vectors; 2], [Load::Blocks; 2]].contains(&self.load))
             .flag("BF16", bf16)
+            .flag("COUNTS", !self.outside)
             .flag("BIAS", self.bias)
             .flag("GROUPED", self.grouped != Grouped::No)
             .flag("GROUPED_K", self.grouped == Grouped::K);
@@ -762,7 +840,10 @@ impl Variant {
                 })
                 .fragment(shader!("lib/encode.wgsl")),
         };
-        if tensor || halves {
+        if e4m3.is_some() {
+            source = fp8::constants(source);
+        }
+        if tensor && e4m3.is_none() || halves {
             source = source
                 .fragment(shader!("lib/halves.wgsl"))
                 .fragment(shader!("lib/nibble_pair.wgsl"));
@@ -786,6 +867,17 @@ impl Variant {
                 (Values::Dense(_), false, _) => {
                     &[shader!("lib/operand_dense.wgsl"), shader!("lib/dense_words.wgsl")]
                 }
+                (Values::Mx(_), true, _) if words && e4m3.is_some() => &[
+                    shader!("lib/operand.wgsl"),
+                    shader!("lib/operand_codes.wgsl"),
+                    shader!("lib/nibbles_e4m3.wgsl"),
+                    shader!("lib/loader_eight.wgsl"),
+                ],
+                (Values::Mx(_), true, _) if e4m3.is_some() => &[
+                    shader!("lib/operand.wgsl"),
+                    shader!("lib/nibbles_e4m3.wgsl"),
+                    shader!("lib/loader_nibbles.wgsl"),
+                ],
                 (Values::Mx(_), true, _) if words => &[
                     shader!("lib/operand.wgsl"),
                     shader!("lib/operand_codes.wgsl"),
@@ -793,14 +885,19 @@ impl Variant {
                     shader!("lib/operand_eight.wgsl"),
                     shader!("lib/loader_eight.wgsl"),
                 ],
-                (Values::Mx(spec), true, _) => &[
+                (Values::Mx(spec), true, _) if load == Load::Blocks || tier::fp8(spec) => &[
                     shader!("lib/operand.wgsl"),
                     shader!("lib/operand_halves.wgsl"),
-                    match tier::fp8(spec) {
-                        _ if load == Load::Blocks => shader!("lib/loader_blocks.wgsl"),
-                        true => shader!("lib/loader_bytes.wgsl"),
-                        false => shader!("lib/loader_nibbles.wgsl"),
+                    match load {
+                        Load::Blocks => shader!("lib/loader_blocks.wgsl"),
+                        _ => shader!("lib/loader_bytes.wgsl"),
                     },
+                ],
+                (Values::Mx(_), true, _) => &[
+                    shader!("lib/operand.wgsl"),
+                    shader!("lib/operand_halves.wgsl"),
+                    shader!("lib/nibbles_f16.wgsl"),
+                    shader!("lib/loader_nibbles.wgsl"),
                 ],
                 (Values::Mx(_), false, Tier::Exact) if !words => &[shader!("lib/operand.wgsl")],
                 (Values::Mx(_), false, Tier::Exact) => &[
@@ -841,6 +938,12 @@ impl Variant {
                 Out::Mx { .. } => shader!("lib/output_mx.wgsl"),
                 Out::Sums => shader!("lib/output_sums.wgsl"),
             });
+        if tensor {
+            source = match self.is_windowed() {
+                true => source.flag("OUTSIDE", self.outside).fragment(shader!("lib/window.wgsl")),
+                false => source.fragment(shader!("lib/window_none.wgsl")),
+            };
+        }
         source = match (self.shape, self.tier) {
             (Shape::Tile { .. }, Tier::Exact) => {
                 source.fragment(shader!("lib/dots_exact.wgsl")).fragment(shader!("matmul.wgsl"))
@@ -867,15 +970,23 @@ impl Variant {
                     Fragments::Spirv => shader!("lib/coop_f32.wgsl"),
                     Fragments::Wgsl => shader!("lib/coop_f16.wgsl"),
                     Fragments::Emulated => shader!("lib/coop_emulated.wgsl"),
+                    Fragments::E4m3 { emulated: false, .. } => shader!("lib/coop_e4m3.wgsl"),
+                    Fragments::E4m3 { emulated: true, .. } => {
+                        shader!("lib/coop_e4m3_emulated.wgsl")
+                    }
                 })
                 .fragment(match (by, self.tier) {
                     (Fragments::Spirv, Tier::Exact) => shader!("lib/multiply_exact.wgsl"),
-                    (Fragments::Spirv, _) => shader!("lib/multiply.wgsl"),
+                    (Fragments::Spirv | Fragments::E4m3 { emulated: false, .. }, _) => {
+                        shader!("lib/multiply.wgsl")
+                    }
                     (Fragments::Wgsl, _) => "",
                     (Fragments::Emulated, Tier::Exact) => {
                         shader!("lib/multiply_exact_emulated.wgsl")
                     }
-                    (Fragments::Emulated, _) => shader!("lib/multiply_emulated.wgsl"),
+                    (Fragments::Emulated | Fragments::E4m3 { .. }, _) => {
+                        shader!("lib/multiply_emulated.wgsl")
+                    }
                 })
                 .fragment(shader!("matmul_tensor.wgsl")),
         };
@@ -1007,6 +1118,7 @@ pub fn kernels() -> Vec<Kernel> {
             out: Out::Dense { dtype: DType::F32, ends: Ends::Quads },
             bias: false,
             grouped: Grouped::No,
+            outside: false,
         };
         let mxfp4 = values[0];
         for a in values.iter().copied().filter(|v| takes(*v)) {
@@ -1111,7 +1223,14 @@ pub fn kernels() -> Vec<Kernel> {
             }
         }
     }
+    let mut windowed = Vec::new();
+    for way in
+        [(32, false), (16, false), (32, true)].map(|(k, emulated)| fp8::Way::new(k, emulated))
+    {
+        windowed.extend(variants.iter().filter(|v| v.is_for_e4m3()).flat_map(|v| v.windowed(way)));
+    }
+    variants.extend(windowed.into_iter().flatten());
     let mut names = std::collections::HashSet::new();
     variants.retain(|variant| names.insert(variant.name()));
-    variants.iter().map(Variant::kernel).collect()
+    variants.iter().map(Variant::kernel).chain(fp8::kernels()).collect()
 }

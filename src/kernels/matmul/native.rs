@@ -222,6 +222,7 @@ impl Matmul {
             slice: None,
             native: Some(native),
             forced: None,
+            e4m3: None,
         })
     }
 

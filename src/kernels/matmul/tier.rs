@@ -1,5 +1,6 @@
 //! Which tier, and which tile.
 
+use super::fp8;
 use super::{MatmulDesc, Operand, Output, Tier, Values};
 use crate::engine::buffer::DType;
 use crate::engine::gpu::Gpu;
@@ -23,6 +24,9 @@ pub(crate) enum Fragments {
     Wgsl,
     /// Without cooperative matrices.
     Emulated,
+    /// Of E4M3, by SPIR-V of this crate's or without cooperative matrices: k positions at a time. No product's usual tile: they
+    /// take the place of [`Fragments::Spirv`] and [`Fragments::Emulated`] where `fp8.rs` says so.
+    E4m3 { k: u32, emulated: bool },
 }
 
 /// The work of a workgroup.
@@ -192,7 +196,8 @@ fn tensor(
         }
     }
     let features = gpu.device.features();
-    if !features.contains(wgpu::Features::SHADER_F16) {
+    let alone = gpu.emulate_tensor && gpu.emulate_fp8 && fp8::lack(desc.a, desc.b).is_none();
+    if !features.contains(wgpu::Features::SHADER_F16) && !alone {
         return lack("f16 in shaders", "the device was opened without".into());
     }
     if gpu.emulate_tensor {

@@ -688,6 +688,8 @@ impl std::fmt::Display for Shape {
                     Fragments::Spirv => "spirv",
                     Fragments::Wgsl => "wgsl",
                     Fragments::Emulated => "emulated",
+                    Fragments::E4m3 { k, emulated: false } => &format!("e4m3k{k}-"),
+                    Fragments::E4m3 { k, emulated: true } => &format!("e4m3k{k}-emulated"),
                 };
                 write!(f, "{by}{side}.{sm}x{sn}x{slices}.{fm}x{fn_}")
             }
