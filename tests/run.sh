@@ -181,7 +181,7 @@ tools=$PWD/target/native-tools
 now="the installation of tests/codegen/requirements.txt"
 if command -v python3 >/dev/null && native_tools; then
     step "code generated for native FP4" \
-        env MX_NATIVE_TOOLS="$tools" cargo test --all-features --test codegen --test native_kernel
+        env MX_NATIVE_TOOLS="$tools" cargo test --all-features --test codegen --test native_kernel --test spirv
 else
     skip "the code generated for native FP4 (python3 with venv, and PyPI)"
 fi

@@ -116,6 +116,7 @@ fn refused(error: Error) -> Result<std::result::Result<(), Refused>> {
 impl Native {
     /// Records the product. Everything of it is submitted on return: routes share their buffers among all products. `flag`: for
     /// the route's test, which waits for the library at once, and where to copy the flag that says what was not held exactly.
+    #[allow(clippy::too_many_arguments)]
     pub(crate) fn record(
         &self,
         desc: &MatmulDesc,
