@@ -173,7 +173,12 @@ pub extern "C" fn cuMemFree_v2(_: u64) -> Status {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemcpyHtoD_v2(to: u64, from: *const u8, bytes: usize) -> Status {
+pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
+    to: u64,
+    from: *const u8,
+    bytes: usize,
+    _stream: *mut c_void,
+) -> Status {
     unsafe { std::ptr::copy_nonoverlapping(from, to as *mut u8, bytes) };
     current()
 }
