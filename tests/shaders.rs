@@ -71,7 +71,7 @@ fn check(kernel: &Kernel) -> Result<(), String> {
                 Some(kind);
         }
     }
-    let limit = match tensor || kernel.name.contains(".emulated") {
+    let limit = match tensor || kernel.name.contains("emulated") {
         true => MAX_TENSOR_WORKGROUP_BYTES,
         false => MAX_WORKGROUP_BYTES,
     };
