@@ -102,8 +102,9 @@ fn quantize_equals_the_reference(ctx: &Context, step: usize) -> Result<(), Faile
     Ok(())
 }
 
+/// A third of them: formats do not depend on how x is loaded, and software drivers take half a second a kernel.
 fn quantize_from_16_bits(ctx: &Context, step: usize) -> Result<(), Failed> {
-    for (i, desc) in reference::descriptors().into_iter().enumerate().step_by(step) {
+    for (i, desc) in reference::descriptors().into_iter().enumerate().step_by(3 * step) {
         let dtype = [DType::F16, DType::BF16][i % 2];
         let (rows, cols) = if i % 4 < 2 { (34, 128) } else { (131, 69) };
         compare(ctx, &desc, dtype, rows, cols)?;

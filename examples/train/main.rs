@@ -72,6 +72,9 @@ struct Args {
     /// The peak of the learning rate, for all arms; by default each recipe's
     #[arg(long)]
     lr: Option<f32>,
+    /// The share of the steps, at the end, over which the learning rate falls, for all arms; by default each recipe's
+    #[arg(long)]
+    decay: Option<f32>,
     /// Train every arm with so many seeds
     #[arg(long, default_value_t = 1)]
     seeds: u64,
@@ -162,7 +165,9 @@ fn run() -> Result<()> {
         recipes.push(Recipe::load(path)?);
     }
     for recipe in &mut recipes {
-        recipe.optimizer.lr = args.lr.unwrap_or(recipe.optimizer.lr);
+        let optimizer = &mut recipe.optimizer;
+        optimizer.lr = args.lr.unwrap_or(optimizer.lr);
+        optimizer.decay = args.decay.unwrap_or(optimizer.decay);
         recipe.validate()?;
     }
     if let Some(twice) =

@@ -245,7 +245,9 @@ pub struct Optimizer {
     pub clip_norm: f32,
     /// The share of the steps over which the learning rate rises.
     pub warmup: f32,
-    /// What of the learning rate is left at the end of its cosine.
+    /// The share of the steps, at the end, over which it falls; between both it stays at its peak. 1: it falls at once.
+    pub decay: f32,
+    /// What of the learning rate is left at the end.
     pub final_lr: f32,
 }
 
@@ -261,8 +263,26 @@ impl Default for Optimizer {
             weight_decay: 0.1,
             clip_norm: 1.0,
             warmup: 0.05,
+            decay: 1.0,
             final_lr: 0.1,
         }
+    }
+}
+
+impl Optimizer {
+    /// The learning rate of the step after `step` of `steps` done ones: a linear rise, the peak, half a cosine.
+    pub fn learning_rate(&self, step: u64, steps: u64) -> f32 {
+        let (at, steps) = ((step + 1) as f64, steps.max(1) as f64);
+        let rise = f64::from(self.warmup) * steps;
+        let fall = rise.max(steps - f64::from(self.decay) * steps);
+        let share = if at < rise {
+            at / rise
+        } else {
+            let fallen = (at - fall).max(0.0) / (steps - fall).max(1.0);
+            let cosine = 0.5 * (1.0 + (std::f64::consts::PI * fallen.min(1.0)).cos());
+            f64::from(self.final_lr) + (1.0 - f64::from(self.final_lr)) * cosine
+        };
+        (f64::from(self.lr) * share) as f32
     }
 }
 
@@ -701,7 +721,8 @@ impl Recipe {
                 return wrong(format!("{name} = {value}, expected 0 to below 1"));
             }
         }
-        for (name, value) in [("warmup", o.warmup), ("final_lr", o.final_lr)] {
+        let shares = [("warmup", o.warmup), ("decay", o.decay), ("final_lr", o.final_lr)];
+        for (name, value) in shares {
             if !(0.0..=1.0).contains(&value) {
                 return wrong(format!("{name} = {value}, expected a share from 0 to 1"));
             }
@@ -768,10 +789,30 @@ mod tests {
     }
 
     #[test]
+    fn the_learning_rate_rises_stays_and_falls() {
+        let rates = |decay| {
+            let o = Optimizer { lr: 1.0, warmup: 0.1, decay, final_lr: 0.1, ..Default::default() };
+            (0..100).map(|step| o.learning_rate(step, 100)).collect::<Vec<_>>()
+        };
+        for decay in [1.0, 0.9, 0.25, 0.0] {
+            let rates = rates(decay);
+            assert_eq!(rates[4], 0.5);
+            assert!(rates[..10].is_sorted() && rates[9..].is_sorted_by(|a, b| a >= b));
+            assert_eq!(rates[9], 1.0);
+            assert_eq!(rates[99], if decay == 0.0 { 1.0 } else { 0.1 });
+        }
+        // A share that the rise leaves no room for is what is left.
+        assert_eq!(rates(1.0), rates(0.9));
+        let late = rates(0.2);
+        assert!(late[9..80].iter().all(|rate| *rate == 1.0) && late[80] < 1.0);
+        assert!((late[89] - 0.55).abs() < 1e-6, "half way down a cosine");
+    }
+
+    #[test]
     fn what_cannot_be_is_an_error() {
         let good = Recipe::preset("mxfp4").unwrap();
         type Broken = (&'static str, fn(&mut Recipe));
-        let broken: [Broken; 15] = [
+        let broken: [Broken; 16] = [
             ("for wgrad.x only", |r| r.linear.dgrad.dy.requantized = true),
             ("two MX formats", |r| {
                 r.linear = r.linear.dense_forward(Dense::Bf16);
@@ -791,6 +832,7 @@ mod tests {
             ("same hadamard", |r| r.linear.wgrad.x.hadamard = Some(64)),
             ("has no block", |r| r.linear.forward.x.format = "bf16".into()),
             ("beta2", |r| r.optimizer.beta2 = 1.0),
+            ("decay = -0.5", |r| r.optimizer.decay = -0.5),
             ("loss_scale", |r| r.loss_scale.initial = 30),
             ("directory", |r| r.name = "../mxfp4".into()),
             ("two quantiles", |r| {

@@ -132,19 +132,9 @@ impl Trainer {
         &self.desc
     }
 
-    /// The learning rate of the step after `step` done ones: a linear rise, then a cosine.
+    /// The learning rate of the step after `step` done ones.
     pub fn learning_rate(&self, step: u64) -> f32 {
-        let o = &self.desc.recipe.optimizer;
-        let (at, steps) = ((step + 1) as f64, self.desc.steps.max(1) as f64);
-        let rise = f64::from(o.warmup) * steps;
-        let share = if at < rise {
-            at / rise
-        } else {
-            let left = (steps - rise).max(1.0);
-            let cosine = 0.5 * (1.0 + (std::f64::consts::PI * ((at - rise) / left).min(1.0)).cos());
-            f64::from(o.final_lr) + (1.0 - f64::from(o.final_lr)) * cosine
-        };
-        (f64::from(o.lr) * share) as f32
+        self.desc.recipe.optimizer.learning_rate(step, self.desc.steps)
     }
 
     /// Submits a step on a batch `[batch, seq + 1 + mtp]`; does not wait. `count`: the quantizers count.
