@@ -69,6 +69,14 @@ impl Shape {
         }
     }
 
+    /// With E2M1 operands decoded from their bits.
+    pub(super) fn without_conversion(mut self) -> Shape {
+        if let Shape::Tensor { by, .. } = &mut self {
+            *by = by.matrices();
+        }
+        self
+    }
+
     /// Invocations of a workgroup.
     pub(super) fn workgroup(self) -> u32 {
         match self {
@@ -266,16 +274,15 @@ fn converting(gpu: &Gpu, desc: &MatmulDesc, by: Fragments) -> Option<Fragments> 
 impl Gpu {
     /// What is in the way of [`crate::Options::ocp_conversion`].
     pub(crate) fn lacks_conversion(&self) -> Option<String> {
-        let features = self.device.features();
-        if !features.contains(wgpu::Features::SHADER_F16) {
+        let probed = self.caps.get("mx-conversion").filter(|line| line.state != State::Yes);
+        if let (Some(line), false) = (probed, self.emulate_tensor) {
+            return Some(line.reason.clone());
+        }
+        if !self.device.features().contains(wgpu::Features::SHADER_F16) {
             return Some("the device has no f16 in shaders, or was opened without".into());
         }
         if self.emulate_tensor {
             return None;
-        }
-        let probed = self.caps.get("mx-conversion");
-        if let Some(line) = probed.filter(|line| line.state != State::Yes) {
-            return Some(line.reason.clone());
         }
         // Any product will do.
         let fragments =
