@@ -10,5 +10,6 @@ fn e2m1_value(code: u32) -> f16 {
 }
 
 fn e2m1_pair(words: vec2<u32>, offset: u32) -> vec2<f16> {
-    return vec2<f16>(e2m1_value((words.x >> offset) & 15u), e2m1_value((words.y >> offset) & 15u));
+    let values = vec2<f16>(e2m1_value((words.x >> offset) & 15u), e2m1_value((words.y >> offset) & 15u));
+    return values * vec2<f16>(0.00006103515625h);
 }

@@ -9,13 +9,8 @@ fn op_block_factor(scale: u32, anchor: u32) -> op_Factor { return op_half_factor
 const OP_SECOND = select(4u, 16u, PAIRS);
 const OP_NEXT = select(8u, 4u, PAIRS);
 
-// The factor counts in values times 2^-14, which is exact.
-fn op_converted(words: vec2<u32>, offset: u32, f: op_Factor) -> u32 {
-    return op_scaled(e2m1_pair(words, offset) * vec2<f16>(0.00006103515625h), f);
-}
-
 fn op_eight(w: u32, f: op_Factor) -> vec4<u32> {
     let words = vec2<u32>(w, w >> OP_SECOND);
-    return vec4<u32>(op_converted(words, 0u, f), op_converted(words, OP_NEXT, f),
-                     op_converted(words, 2u * OP_NEXT, f), op_converted(words, 3u * OP_NEXT, f));
+    return vec4<u32>(op_scaled(e2m1_pair(words, 0u), f), op_scaled(e2m1_pair(words, OP_NEXT), f),
+                     op_scaled(e2m1_pair(words, 2u * OP_NEXT), f), op_scaled(e2m1_pair(words, 3u * OP_NEXT), f));
 }
