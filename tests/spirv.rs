@@ -215,9 +215,21 @@ fn conversions(words: &dyn Fn(&Kernel) -> Result<Vec<u32>, Failed>) -> Result<()
     Ok(())
 }
 
+/// Of an instruction's operands.
+type Change = fn(u16, &mut [u32]);
+
+fn changed(mut words: Vec<u32>, change: Change) -> Vec<u32> {
+    let mut at = 5;
+    while at < words.len() {
+        let (length, op) = ((words[at] >> 16) as usize, words[at] as u16);
+        change(op, &mut words[at + 1..at + length]);
+        at += length;
+    }
+    words
+}
+
 /// The checks see each of these.
 fn wrong_words() -> Result<(), Failed> {
-    type Change = fn(u16, &mut [u32]);
     type Check = fn(&dyn Fn(&Kernel) -> Result<Vec<u32>, Failed>) -> Result<(), Failed>;
     let fragments: Check = declared;
     let changes: [(&str, Check, Change); 10] = [
@@ -273,17 +285,7 @@ fn wrong_words() -> Result<(), Failed> {
         }),
     ];
     for (what, check, change) in changes {
-        let changed = |kernel: &Kernel| {
-            let mut words = words(kernel)?;
-            let mut at = 5;
-            while at < words.len() {
-                let (length, op) = ((words[at] >> 16) as usize, words[at] as u16);
-                change(op, &mut words[at + 1..at + length]);
-                at += length;
-            }
-            Ok(words)
-        };
-        if check(&changed).is_ok() {
+        if check(&|kernel| Ok(changed(words(kernel)?, change))).is_ok() {
             return Err(format!("{what} passes").into());
         }
     }
@@ -335,17 +337,51 @@ fn validated(tools: &Path) -> Result<(), Failed> {
         std::fs::write(&path, bytemuck::cast_slice::<u32, u8>(&mended(&words(kernel)?)))?;
         paths.push(path);
     }
-    let output = Command::new(tools.join("bin/python"))
-        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/codegen/spirv_val.py"))
-        .arg("vulkan1.3")
-        .args(&paths)
-        .output()
-        .map_err(|error| format!("MX_NATIVE_TOOLS={}: {error}", tools.display()))?;
-    if !output.status.success() {
-        return Err(String::from_utf8_lossy(&output.stderr).into_owned().into());
+    validate(tools, &paths)?;
+    // It knows what it judges: each of these it must refuse, and say why.
+    let changes: [(&str, Change); 3] = [
+        ("BitcastExtractEXT", |op, a| {
+            if op == 17 && a == [4232] {
+                a[0] = 4229;
+            }
+        }),
+        ("TypeFloat", |op, a| {
+            if op == 22 && a[1..] == [4, 4225] {
+                a[1] = 8;
+            }
+        }),
+        // A scalar of a vector.
+        ("Expected Base to have the same dimension", |op, a| {
+            if op == 4195 {
+                a[2] = a[3];
+            }
+        }),
+    ];
+    for (reason, change) in changes {
+        let path = directory.path().join("wrong.spv");
+        let wrong = mended(&changed(words(&converting()[0])?, change));
+        std::fs::write(&path, bytemuck::cast_slice::<u32, u8>(&wrong))?;
+        let Err(failed) = validate(tools, &[path]) else {
+            return Err(format!("{reason}: valid").into());
+        };
+        let message = failed.message().unwrap_or_default();
+        assert!(message.contains(reason), "{reason:?} is not in {message}");
     }
     println!("{} modules", list.len());
     Ok(())
+}
+
+fn validate(tools: &Path, modules: &[PathBuf]) -> Result<(), Failed> {
+    let output = Command::new(tools.join("bin/python"))
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/codegen/spirv_val.py"))
+        .arg("vulkan1.3")
+        .args(modules)
+        .output()
+        .map_err(|error| format!("MX_NATIVE_TOOLS={}: {error}", tools.display()))?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(String::from_utf8_lossy(&output.stderr).into_owned().into()),
+    }
 }
 
 // ---- What decodes E2M1, computed -----------------------------------------------------------------------------------
@@ -357,39 +393,64 @@ fn same_bits() -> Result<(), Failed> {
     let find = |name: &str| {
         all.iter().find(|kernel| kernel.name == name).ok_or(format!("there is no {name}"))
     };
-    // 2^(14 + scale - anchor), as far down as f16 goes; and zero.
-    let mut factors: Vec<u16> =
-        (-24..=14).map(|x| half::f16::from_f64(2f64.powi(x)).to_bits()).collect();
-    factors.push(0);
     // Both operands of E2M1: codes four apart go together. One of f16: neighbours.
     let (vectors, f16) = ("e2m1-e8m0.1x32-vectors", "f16-vectors");
     for (a, b, apart) in [(vectors, vectors, 4), (vectors, f16, 1), (f16, vectors, 1)] {
         let name = |by| format!("matmul.tensor.{by}16.2x2x1.4x4.{a}.{b}.f32-quads");
-        let modules = ["spirv", "ocp"].map(|by| Ok(words(find(&name(by))?)?));
-        let [decoded, converted]: [Result<Vec<u32>, Failed>; 2] = modules;
+        let [decoded, converted] = ["spirv", "ocp"].map(|by| words(find(&name(by))?));
         let (decoded, converted) = (decoded?, converted?);
-        let machines = [Machine::new(&decoded), Machine::new(&converted)];
         let count = [a, b].iter().filter(|x| **x == vectors).count();
-        let functions = machines.each_ref().map(Machine::eights);
-        assert_eq!(functions.each_ref().map(Vec::len), [count; 2], "{a} {b}");
-        for (place, code) in (0..8).flat_map(|place| (0..16).map(move |code| (place, code))) {
-            // The other seven go through the codes too.
-            let others = 0x1234_5678u32.wrapping_mul(2 * code + 1) ^ 0x9e37_79b9 >> place;
-            let w = others & !(15 << (4 * place)) | code << (4 * place);
-            for factor in &factors {
-                let of = |nibble: u32| {
-                    let value = e2m1(w >> (4 * nibble) & 15) * 2f64.powi(-14);
-                    let factor = half::f16::from_bits(*factor).to_f64();
-                    u32::from(half::f16::from_f64(value * factor).to_bits())
-                };
-                let first = |i: u32| if apart == 4 { i } else { 2 * i };
-                let want: Vec<u32> =
-                    (0..4).map(|i| of(first(i)) | of(first(i) + apart) << 16).collect();
-                let factor = vec![u32::from(*factor); 2];
-                for (machine, functions) in machines.iter().zip(&functions) {
-                    for function in functions {
-                        let got = machine.call(*function, vec![vec![w], factor.clone()]);
-                        assert_eq!(got, want, "{a} {b}: {w:08x} times {factor:x?}");
+        decode([&decoded, &converted], count, apart).map_err(|what| format!("{a} {b}: {what}"))?;
+        // What must show.
+        let changes: [(&str, Change); 2] = [
+            ("another unit", |op, a| {
+                if op == 43 && a[2] == 0x0400 {
+                    a[2] = 0x0800;
+                }
+            }),
+            ("codes exchanged", |op, a| {
+                if op == 80 && a.len() == 4 {
+                    a.swap(2, 3);
+                }
+            }),
+        ];
+        for (what, change) in changes {
+            let converted = changed(converted.clone(), change);
+            let hidden = decode([&decoded, &converted], count, apart).is_ok();
+            assert!(!hidden, "{a} {b}: {what}");
+        }
+    }
+    Ok(())
+}
+
+/// Every code at every place under every factor: `count` decoders in each module give what is defined.
+fn decode(modules: [&[u32]; 2], count: usize, apart: u32) -> Result<(), String> {
+    // 2^(14 + scale - anchor), as far down as f16 goes; and zero.
+    let mut factors: Vec<u16> =
+        (-24..=14).map(|x| half::f16::from_f64(2f64.powi(x)).to_bits()).collect();
+    factors.push(0);
+    let machines = modules.map(Machine::new);
+    let functions = machines.each_ref().map(Machine::eights);
+    assert_eq!(functions.each_ref().map(Vec::len), [count; 2]);
+    for (place, code) in (0..8).flat_map(|place| (0..16).map(move |code| (place, code))) {
+        // The other seven go through the codes too.
+        let others = 0x1234_5678u32.wrapping_mul(2 * code + 1) ^ 0x9e37_79b9 >> place;
+        let w = others & !(15 << (4 * place)) | code << (4 * place);
+        for factor in &factors {
+            let of = |nibble: u32| {
+                let value = e2m1(w >> (4 * nibble) & 15) * 2f64.powi(-14);
+                let factor = half::f16::from_bits(*factor).to_f64();
+                u32::from(half::f16::from_f64(value * factor).to_bits())
+            };
+            let first = |i: u32| if apart == 4 { i } else { 2 * i };
+            let want: Vec<u32> =
+                (0..4).map(|i| of(first(i)) | of(first(i) + apart) << 16).collect();
+            let factor = vec![u32::from(*factor); 2];
+            for (machine, functions) in machines.iter().zip(&functions) {
+                for function in functions {
+                    let got = machine.call(*function, vec![vec![w], factor.clone()]);
+                    if got != want {
+                        return Err(format!("{w:08x} times {factor:x?}: {got:x?}, {want:x?}"));
                     }
                 }
             }
