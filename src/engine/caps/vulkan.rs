@@ -400,14 +400,14 @@ mod tests {
             all.starts_with("shaderFloat4, shaderFloat6, shaderFloat8UnsignedE8M0, shaderMXInt8:")
         );
         assert!(of([true, false, false, false]).unwrap().starts_with("shaderFloat4: "));
-        let says = |features, part: &str| {
-            let reason = e2m1_conversion(features).unwrap_err();
+        let says = |features: Option<OcpFeatures>, part: &str| {
+            let reason = e2m1_conversion(features.as_ref()).unwrap_err();
             assert!(reason.ends_with(part), "{reason:?}");
         };
         says(None, "the driver has no VK_EXT_shader_ocp_microscaling_types");
-        says(Some(&OcpFeatures::new([false; 4])), "shaderFloat4 is not");
+        says(Some(OcpFeatures::new([false; 4])), "shaderFloat4 is not");
         says(
-            Some(&OcpFeatures::new([false, true, false, true])),
+            Some(OcpFeatures::new([false, true, false, true])),
             "shaderFloat4 is not, but shaderFloat6, shaderMXInt8",
         );
         // As the driver lays it out: the type, the chain, four words.
