@@ -206,7 +206,7 @@ fn conversions(words: &dyn Fn(&Kernel) -> Result<Vec<u32>, Failed>) -> Result<()
         };
         let decorated: HashSet<u32> = all(71).filter(|a| a[1..] == [42]).map(|a| a[0]).collect();
         let mut products = 0;
-        for a in all(133).filter(|a| a[2..].iter().any(|id| unit(id))) {
+        for a in all(133).filter(|a| a[2..].iter().any(unit)) {
             check("a product is not NoContraction", decorated.contains(&a[1]))?;
             products += 1;
         }
