@@ -70,6 +70,11 @@ pub struct Options {
     pub emulate_tensor: bool,
     /// Emulate its products in FP8 as well, for E2M1 operands; for tests, with [`Options::emulate_tensor`].
     pub emulate_fp8: bool,
+    /// Decode E2M1 operands of [`crate::Tier::Tensor`] by the conversions of VK_EXT_shader_ocp_microscaling_types instead of by
+    /// their bits, where lines are whole vectors of 128: the same bits of outputs. Nobody has measured it, so nothing does it
+    /// by itself; where the device has it, [`crate::Tuning::measure`] tries both. An error on a device without, and on the
+    /// CPU engine. With [`Options::emulate_tensor`] it is emulated, for tests.
+    pub ocp_conversion: bool,
     /// Ask for the graphics API's validation layers (slow; messages go to `log`).
     pub validation: bool,
     /// Where the native routes' libraries are, if not where the system looks.
@@ -115,6 +120,15 @@ pub async fn adapters(validation: bool) -> Vec<wgpu::Adapter> {
     adapters
 }
 
+/// Why [`Options::ocp_conversion`] cannot be.
+fn no_conversion(has: String) -> Error {
+    Error::Unsupported {
+        operation: "Options::ocp_conversion".into(),
+        needs: "VK_EXT_shader_ocp_microscaling_types with shaderFloat4, beside cooperative matrices by SPIR-V".into(),
+        has,
+    }
+}
+
 impl Context {
     /// The CPU engine.
     pub fn cpu() -> Context {
@@ -123,8 +137,12 @@ impl Context {
 
     /// Opens a device.
     pub async fn open(options: &Options) -> Result<Context> {
+        let cpu = || match options.ocp_conversion {
+            true => Err(no_conversion("the device is the CPU engine".into())),
+            false => Ok(Context::cpu()),
+        };
         if options.device == DeviceChoice::Cpu {
-            return Ok(Context::cpu());
+            return cpu();
         }
         let adapters = adapters(options.validation).await;
         let chosen = adapters.iter().enumerate().find(|(number, adapter)| {
@@ -141,7 +159,7 @@ impl Context {
         });
         match chosen {
             Some((_, adapter)) => Context::on_adapter(adapter, options).await,
-            None if options.device == DeviceChoice::Auto => Ok(Context::cpu()),
+            None if options.device == DeviceChoice::Auto => cpu(),
             None => {
                 let names: Vec<_> = adapters.iter().map(|a| a.get_info().name).collect();
                 Err(Error::NoAdapter {
@@ -183,30 +201,34 @@ impl Context {
             },
             ..Default::default()
         };
+        let context = |mut gpu: Gpu| {
+            gpu.emulate_fp8 = options.emulate_fp8;
+            gpu.ocp_conversion = options.ocp_conversion;
+            gpu.libraries = options.libraries.clone();
+            gpu.native_from = options.native_from.unwrap_or(crate::native::SMALLEST);
+            match gpu.lacks_conversion().filter(|_| options.ocp_conversion) {
+                Some(has) => Err(no_conversion(has)),
+                None => Ok(Context { engine: Arc::new(Engine::Gpu(Box::new(gpu))) }),
+            }
+        };
         #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
         {
             let extras = vulkan::Extras::of(adapter, descriptor.required_features);
             if extras != vulkan::Extras::default() {
                 let (device, queue) = vulkan::open(adapter, &descriptor, extras)?;
                 let mut gpu = Gpu::new(device, queue, adapter, true, options.emulate_tensor);
-                gpu.emulate_fp8 = options.emulate_fp8;
                 gpu.bf16_matrices = extras.bf16;
                 gpu.e4m3_matrices = extras.e4m3;
+                gpu.e2m1_conversion = extras.ocp;
                 gpu.external_semaphores = extras.external_semaphores;
-                gpu.libraries = options.libraries.clone();
-                gpu.native_from = options.native_from.unwrap_or(crate::native::SMALLEST);
-                return Ok(Context { engine: Arc::new(Engine::Gpu(Box::new(gpu))) });
+                return context(gpu);
             }
         }
         let (device, queue) = adapter
             .request_device(&descriptor)
             .await
             .map_err(|error| Error::Gpu(format!("opening {}: {error}", adapter.get_info().name)))?;
-        let mut gpu = Gpu::new(device, queue, adapter, true, options.emulate_tensor);
-        gpu.emulate_fp8 = options.emulate_fp8;
-        gpu.libraries = options.libraries.clone();
-        gpu.native_from = options.native_from.unwrap_or(crate::native::SMALLEST);
-        Ok(Context { engine: Arc::new(Engine::Gpu(Box::new(gpu))) })
+        context(Gpu::new(device, queue, adapter, true, options.emulate_tensor))
     }
 
     /// Works on the caller's device. Nothing is submitted or blocked on but by the functions that say so, and by products in

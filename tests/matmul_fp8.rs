@@ -3,6 +3,9 @@
 //!
 //! Products must have f16's bits, since terms and their order are the same; they must lie within the tensor tier's bound
 //! (tests/common/product.rs); and FP8 must have the tiles that it can have, and no others.
+//!
+//! And its f16 operands converted from E2M1 by VK_EXT_shader_ocp_microscaling_types, emulated by the definition of that: every
+//! code as the definition says, and the bits of what decodes codes itself. tests/spirv.rs has what a driver would be given.
 
 mod common;
 
@@ -10,10 +13,12 @@ use common::engines::{self, Form, Test};
 use common::product::{Lines, compare, product};
 use common::{assert_bytes, garbage, to_f32, words};
 use libtest_mimic::Failed;
-use microscaling::kernels::matmul::Extras;
+use microscaling::engine::caps::State;
+use microscaling::kernels::matmul::{Extras, Tuning};
 use microscaling::{
-    Axis, Block, Context, DType, Element, Groups, Layout, MXFP4, MXFP8_E4M3, Matmul, MatmulDesc,
-    MxSpec, MxTensor, NVFP4, Operand, Options, Output, QuantizeDesc, Rounding, Tier, wgpu,
+    Axis, Block, Context, DType, DeviceChoice, Element, Error, Groups, Layout, MXFP4, MXFP8_E4M3,
+    Matmul, MatmulDesc, MxSpec, MxTensor, NVFP4, Operand, Options, Output, QuantizeDesc, Rounding,
+    Tier, wgpu,
 };
 
 /// Powers of two from a line's anchor to the last block that is exact: 0.5 · 2^(6 − 11) is E4M3's smallest normal number.
@@ -29,24 +34,44 @@ const TESTS: &[(&str, Test)] = &[
     ("what_is_not_for_fp8", not_for_fp8),
 ];
 
+/// With conversions of E2M1 emulated besides.
+const CONVERTED: &[(&str, Test)] = &[
+    ("every_code_as_defined", every_code),
+    ("conversions_change_no_bit", conversions_change_no_bit),
+    ("a_measured_tile_may_convert", measured_tile),
+];
+
 /// Where f16 is left out: nothing has the other tiles.
 const ALONE: &[(&str, Test)] = &[("fp8_alone_keeps_the_bound", alone)];
 
 const FP8: &str = " emulated in FP8";
 const WITHOUT: &str = " emulated in FP8 without f16";
+const OCP: &str = " emulated in FP8 with conversions";
 
 fn main() {
     let f16 = wgpu::Features::SHADER_F16;
     let options = Options { emulate_tensor: true, emulate_fp8: true, ..Default::default() };
     let without = Options { without: f16, ..options.clone() };
+    let ocp = Options { ocp_conversion: true, ..options.clone() };
     // It would need no f16, but SwiftShader, which has none, does not end within minutes.
     let slow = (f16, "too slow, as no driver with f16 is");
     let forms = [
+        Form {
+            what: engines::PLAIN,
+            options: Options::default(),
+            steps: [1; 2],
+            needs: (wgpu::Features::empty(), ""),
+        },
+        Form { what: OCP, options: ocp, steps: [1; 2], needs: (f16, "no f16 in shaders") },
         Form { what: FP8, options, steps: [1, 2], needs: (f16, "no f16 in shaders") },
         Form { what: WITHOUT, options: without, steps: [1, 1], needs: slow },
     ];
     let suite = |form: &str| match form {
-        FP8 => TESTS.to_vec(),
+        engines::CPU | engines::PLAIN => {
+            vec![("every_code_as_defined", every_code as Test), ("no_conversion", no_conversion)]
+        }
+        FP8 => [TESTS, &[("a_measured_tile_may_not_convert", measured_tile)]].concat(),
+        OCP => CONVERTED.to_vec(),
         WITHOUT => ALONE.to_vec(),
         _ => vec![],
     };
@@ -104,6 +129,8 @@ enum By {
     Both,
     Fp8Alone,
     F16,
+    /// F16, without conversions.
+    Decoded,
 }
 
 fn desc(a: impl Into<Operand>, b: impl Into<Operand>, [m, n, k]: [usize; 3]) -> MatmulDesc {
@@ -118,11 +145,13 @@ impl Problem {
 
     fn kernel(&self, ctx: &Context, by: By) -> Result<Matmul, Failed> {
         let kernel = Matmul::new(ctx, &self.desc)?;
-        assert!(kernel.uses_fp8(), "{}", kernel.why());
+        let fp8 = [By::Both, By::Fp8Alone].contains(&by);
+        assert!(!fp8 || kernel.uses_fp8(), "{}", kernel.why());
         Ok(match by {
             By::Both => kernel,
             By::Fp8Alone => kernel.fp8_alone(),
             By::F16 => kernel.without_fp8(),
+            By::Decoded => kernel.without_fp8().without_conversion(ctx),
         })
     }
 
@@ -523,5 +552,171 @@ fn not_for_fp8(ctx: &Context, _: usize) -> Result<(), Failed> {
     let other = MatmulDesc { tier: Tier::Exact, ..desc(MXFP4, MXFP4, [40, 33, 64]) };
     assert!(!Matmul::new(ctx, &other)?.uses_fp8());
     assert_eq!(MXFP4.element, Element::E2M1);
+    Ok(())
+}
+
+// ---- Conversions of E2M1 -------------------------------------------------------------------------------------------
+
+/// E2M1 as OCP MX v1.0 defines it (5.3.3), to which SPV_EXT_ocp_microscaling_types refers: a sign, two bits of exponent with bias
+/// 1, one of mantissa.
+fn e2m1(code: usize) -> f64 {
+    let (exponent, mantissa) = (code >> 1 & 3, (code & 1) as f64 / 2.0);
+    let magnitude = match exponent {
+        0 => mantissa,
+        _ => (1.0 + mantissa) * 2f64.powi(exponent as i32 - 1),
+    };
+    if code & 8 == 0 { magnitude } else { -magnitude }
+}
+
+/// Every code at every position of a chunk, in blocks from the anchor down to where f16 has nothing, times one: by the
+/// definition. Also what the host decodes.
+fn every_code(ctx: &Context, _: usize) -> Result<(), Failed> {
+    let converts = Matmul::new(ctx, &desc(MXFP4, MXFP4, [64, 64, 128]))
+        .is_ok_and(|kernel| kernel.tile(ctx).is_some_and(|tile| tile.starts_with("ocp-emulated")));
+    let tier = match ctx.wgpu() {
+        None => Tier::Exact,
+        Some(_) if converts => Tier::Tensor,
+        Some(_) => Tier::Alu,
+    };
+    const ANCHOR: usize = 130;
+    let [m, n, k] = [176, 128, 128];
+    let code = |row: usize, at: usize| (row + at) % 16;
+    // Up to 2^-33 of the anchor; f16's least is 2^-24.
+    let below = |row: usize, block: usize| if block == 0 { 0 } else { row / 16 * 3 + block };
+    let pack = |lines: usize, code: &dyn Fn(usize, usize) -> usize| {
+        let nibbles = |row| (0..k / 2).map(move |i| (row, 2 * i));
+        let bytes = (0..lines).flat_map(nibbles);
+        bytes.map(|(row, at)| (code(row, at) | code(row, at + 1) << 4) as u8).collect::<Vec<_>>()
+    };
+    let scales = (0..m).flat_map(|row| (0..4).map(move |b| (ANCHOR - below(row, b)) as u8));
+    let a = Layout::new(MXFP4, Axis::One, m, k)?;
+    let a = MxTensor::from_parts(a, pack(m, &code), scales.collect(), 1.0)?;
+    // Code 2 is one.
+    let one = |row: usize, at: usize| if row == at { 2 } else { 0 };
+    let b = Layout::new(MXFP4, Axis::One, n, k)?;
+    let b = MxTensor::from_parts(b, pack(n, &one), vec![127; n * 4], 1.0)?;
+    let problem = Problem::new(MatmulDesc { tier, ..desc(MXFP4, MXFP4, [m, n, k]) }, a.clone(), b);
+    let y = to_f32(DType::F32, &problem.run(ctx, By::F16)?);
+    for (row, at) in (0..m).flat_map(|row| (0..k).map(move |at| (row, at))) {
+        let relative = e2m1(code(row, at)) * 2f64.powi(-(below(row, at / 32) as i32));
+        let anchor = 2f64.powi(ANCHOR as i32 - 127);
+        let what = format!("code {} at {at}, 2^-{}", code(row, at), below(row, at / 32));
+        assert_eq!(f64::from(a.get(row, at)), relative * anchor, "host: {what}");
+        let relative = match tier {
+            Tier::Tensor => half::f16::from_f64(relative).to_f64(),
+            _ => relative,
+        };
+        assert_eq!(f64::from(y[row * n + at]), relative * anchor, "{what}");
+    }
+    Ok(())
+}
+
+fn conversions_change_no_bit(ctx: &Context, _: usize) -> Result<(), Failed> {
+    let any = |seed, spec: MxSpec, [lines, long]: [usize; 2]| {
+        let layout = Layout::new(spec, Axis::One, lines, long).unwrap();
+        let codes = words(seed, layout.codes_len()).iter().map(|w| (w >> 24) as u8).collect();
+        // Near each other: many blocks end among f16's subnormals, and some below.
+        let scales =
+            words(seed + 1, layout.scales_len()).into_iter().map(|w| 100 + (w >> 24) as u8 % 30);
+        MxTensor::from_parts(layout, codes, scales.collect(), 1.0).unwrap()
+    };
+    let v64 = MXFP4.with_block(Block::Vector(64));
+    let one = |a: MxSpec, b: MxSpec, [m, n, k]: [usize; 3]| {
+        Problem::new(desc(a, b, [m, n, k]), any(1, a, [m, k]), any(2, b, [n, k]))
+    };
+    let along_k =
+        MatmulDesc { experts: Some(3), group_k: true, ..desc(MXFP4, MXFP4, [70, 33, 256]) };
+    // Codes in pairs of four apart; of neighbours, where the other operand's order is another; on either side; grouped.
+    for problem in [
+        one(MXFP4, MXFP4, [150, 140, 256]),
+        one(MXFP4, v64, [40, 70, 128]),
+        one(MXFP8_E4M3, MXFP4, [33, 70, 128]),
+        one(MXFP4, MXFP8_E4M3, [40, 33, 128]),
+        Problem {
+            groups: Some((vec![0, 96, 96, 224], vec![0; 3])),
+            ..Problem::new(along_k, any(3, MXFP4, [70, 256]), any(4, MXFP4, [33, 256]))
+        },
+    ] {
+        let tile = problem.kernel(ctx, By::F16)?.tile(ctx).expect("a GPU");
+        assert!(tile.starts_with("ocp-emulated16."), "{tile}");
+        let tile = problem.kernel(ctx, By::Decoded)?.tile(ctx).expect("a GPU");
+        assert!(tile.starts_with("emulated16."), "{tile}");
+        let [converted, decoded] = [By::F16, By::Decoded].map(|by| problem.run(ctx, by));
+        let (converted, decoded) = (converted?, decoded?);
+        assert_bytes(&format!("{:?}", problem.desc), &converted, &decoded);
+        // The tiles that FP8 leaves.
+        if problem.desc.a == problem.desc.b {
+            assert_bytes(&format!("{:?}", problem.desc), &problem.run(ctx, By::Both)?, &decoded);
+        }
+    }
+    // One wrong code shows.
+    let (right, mut wrong) = (one(MXFP4, MXFP4, [40, 33, 128]), one(MXFP4, MXFP4, [40, 33, 128]));
+    let (mut codes, scales, _) = wrong.a.into_parts();
+    codes[5] ^= 4;
+    wrong.a = MxTensor::from_parts(*right.a.layout(), codes, scales, 1.0)?;
+    assert_ne!(wrong.run(ctx, By::F16)?, right.run(ctx, By::Decoded)?);
+    // Lines that are not whole chunks are decoded word by word.
+    let short = one(MXFP4, MXFP4, [40, 33, 96]);
+    let tile = short.kernel(ctx, By::F16)?.tile(ctx).expect("a GPU");
+    assert!(tile.starts_with("emulated16."), "{tile}");
+    Ok(())
+}
+
+/// A file of measured tiles may name one that converts where the device can, and only there.
+fn measured_tile(ctx: &Context, _: usize) -> Result<(), Failed> {
+    let caps = ctx.caps();
+    let kernel = Matmul::new(ctx, &desc(MXFP4, MXFP4, [64, 64, 128]))?;
+    let usual = kernel.tile(ctx).expect("a GPU");
+    let converts = usual.starts_with("ocp-");
+    let tile = format!("ocp-emulated16.{}", usual.split_once("16.").expect("a side").1);
+    let text = format!(
+        "format = 1\n[[device]]\nadapter = {:?}\ndriver = {:?}\nbackend = {:?}\nversion = {:?}\n\
+         [[device.product]]\nm = 64\nn = 64\nk = 128\na = \"mxfp4/1x32\"\nb = \"mxfp4/1x32\"\nout = \"f32\"\n\
+         tier = \"tensor\"\ntile = {tile:?}\nmicroseconds = 1.0\nusual_microseconds = 2.0\n",
+        caps.name,
+        caps.driver,
+        caps.backend,
+        env!("CARGO_PKG_VERSION"),
+    );
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("tiles.toml");
+    std::fs::write(&path, text)?;
+    let tuned = ctx.use_tuning(&Tuning::read(&path)?);
+    ctx.use_tuning(&Tuning::default());
+    assert_eq!((tuned.used, tuned.others), (usize::from(converts), 0), "{tuned:?}");
+    if !converts {
+        assert!(tuned.refused[0].contains("there is no \"ocp-emulated16."), "{tuned:?}");
+    }
+    Ok(())
+}
+
+/// Nothing converts by itself, and asking for it where it is not is an error with the probe's reason.
+fn no_conversion(ctx: &Context, _: usize) -> Result<(), Failed> {
+    for tier in [Tier::Auto, Tier::Tensor] {
+        let desc = MatmulDesc { tier, ..desc(MXFP4, MXFP4, [64, 64, 128]) };
+        if let Ok(kernel) = Matmul::new(ctx, &desc) {
+            assert!(!kernel.tile(ctx).is_some_and(|tile| tile.contains("ocp")), "{desc:?}");
+        }
+    }
+    let caps = ctx.caps();
+    let device = match ctx.wgpu() {
+        None => DeviceChoice::Cpu,
+        Some(_) => DeviceChoice::Named(caps.name.clone()),
+    };
+    let options = Options { device, ocp_conversion: true, ..Default::default() };
+    let line = caps.get("mx-conversion");
+    match (Context::open_blocking(&options), line.map(|line| line.state)) {
+        (Ok(_), Some(State::Yes)) => {}
+        (Err(Error::Unsupported { operation, has, .. }), state) => {
+            assert_eq!(operation, "Options::ocp_conversion");
+            match line {
+                None => assert_eq!(has, "the device is the CPU engine"),
+                Some(line) if state != Some(State::Yes) => assert_eq!(has, line.reason),
+                // No cooperative matrices besides.
+                Some(_) => assert!(!has.is_empty()),
+            }
+        }
+        (opened, state) => return Err(format!("{opened:?} where the probe says {state:?}").into()),
+    }
     Ok(())
 }

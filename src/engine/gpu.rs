@@ -35,6 +35,10 @@ pub(crate) struct Gpu {
     pub(crate) bf16_matrices: bool,
     /// What cooperative matrices of 16×16, E4M3 to f32, contract, if the device was opened with them.
     pub(crate) e4m3_matrices: Option<u32>,
+    /// Whether the device was opened with conversions of E2M1 to f16 (VK_EXT_shader_ocp_microscaling_types).
+    pub(crate) e2m1_conversion: bool,
+    /// Whether they are to be used where nothing was measured; with `emulate_tensor`, emulated.
+    pub(crate) ocp_conversion: bool,
     /// Whether the device was opened with semaphores that other APIs can wait for.
     pub(crate) external_semaphores: bool,
     /// Where native routes' libraries are.
@@ -106,6 +110,8 @@ impl Gpu {
             matrices,
             bf16_matrices: false,
             e4m3_matrices: None,
+            e2m1_conversion: false,
+            ocp_conversion: false,
             external_semaphores: false,
             libraries: Default::default(),
             native_from: crate::native::SMALLEST,

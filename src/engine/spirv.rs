@@ -1,12 +1,14 @@
 //! WGSL to SPIR-V for what naga cannot say yet, for drivers that take SPIR-V as it is.
 //!
-//! naga 30 writes the module; five instructions are then put right, each of them local and checked by its pattern:
+//! naga 30 writes the module; some instructions are then put right, each of them local and checked by its pattern:
 //! - cooperative matrices A and B loaded from memory typed f32 get the component type f16, which Vulkan allows whatever the
 //!   pointer's type is (SPV_KHR_cooperative_matrix), and naga does not; in a module with the line `BF16_FRAGMENTS` it is bfloat16
 //!   (SPV_KHR_bfloat16), with `E4M3_FRAGMENTS` it is E4M3 (SPV_EXT_float8), and A and B are as long as that line says, of which
 //!   naga knows nothing but squares;
 //! - `unpack2x16float` followed by the conversion to f16, and the converse, become the bitcast that they are (naga types
 //!   `bitcast<vec2<f16>>` wrongly); exact either way;
+//! - in a module with the line `E2M1_CONVERSION`, `vec2<f16>(extractBits(words, offset, 4u))` takes four bits as E2M1 and converts
+//!   them, instead of an integer (SPV_EXT_ocp_microscaling_types);
 //! - a difference of two cooperative matrices becomes the product of their elements, which naga has no expression for;
 //! - a `subgroupBarrier` orders workgroup memory among the subgroup, which is all that invocations of a subgroup share (naga
 //!   names SubgroupMemory, a storage class that Vulkan does not have).
@@ -17,7 +19,7 @@ use naga::back::spv;
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 
-use super::shader::{BF16_FRAGMENTS, E4M3_FRAGMENTS};
+use super::shader::{BF16_FRAGMENTS, E2M1_CONVERSION, E4M3_FRAGMENTS};
 
 /// Instructions of a module: opcode and operands.
 type Instruction = (u16, Vec<u32>);
@@ -29,10 +31,15 @@ const OP_TYPE_INT: u16 = 21;
 const OP_TYPE_FLOAT: u16 = 22;
 const OP_TYPE_VECTOR: u16 = 23;
 const OP_CONSTANT: u16 = 43;
+const OP_FUNCTION: u16 = 54;
+const OP_DECORATE: u16 = 71;
+const OP_MEMBER_DECORATE: u16 = 72;
+const OP_CONVERT_U_TO_F: u16 = 112;
 const OP_F_CONVERT: u16 = 115;
 const OP_BITCAST: u16 = 124;
 const OP_F_SUB: u16 = 131;
 const OP_F_MUL: u16 = 133;
+const OP_BIT_FIELD_U_EXTRACT: u16 = 203;
 const OP_CONTROL_BARRIER: u16 = 224;
 const OP_TYPE_COOPERATIVE_MATRIX: u16 = 4456;
 const CAPABILITY_BFLOAT16_TYPE: u32 = 5116;
@@ -41,9 +48,20 @@ const ENCODING_BFLOAT16: u32 = 0;
 const CAPABILITY_FLOAT8: u32 = 4212;
 const CAPABILITY_FLOAT8_COOPERATIVE_MATRIX: u32 = 4213;
 const ENCODING_FLOAT8_E4M3: u32 = 4214;
+// SPV_EXT_ocp_microscaling_types revision 1: its tables of FP encodings, capabilities and instructions. The instruction's
+// operands: result type, result, what bits are taken of, the first of them. glslang (Vulkan SDK 1.4.357) declares these two
+// capabilities and this extension too, not SPV_EXT_float8, on which it is said to build: none of its types is used.
+const OP_BITCAST_EXTRACT: u16 = 4195;
+const ENCODING_FLOAT4_E2M1: u32 = 4225;
+const CAPABILITY_FLOAT4: u32 = 4229;
+const CAPABILITY_BITCAST_EXTRACT: u32 = 4232;
+const OCP_EXTENSION: &str = "SPV_EXT_ocp_microscaling_types";
+/// SPIR-V 1.6, 3.20.
+const DECORATION_NO_CONTRACTION: u32 = 42;
 /// Acquire and release, of which memory.
 const ORDER_SUBGROUP_MEMORY: u32 = 0x88;
 const ORDER_WORKGROUP_MEMORY: u32 = 0x108;
+const GLSL_U_MIN: u32 = 38;
 const GLSL_PACK_HALF_2X16: u32 = 58;
 const GLSL_UNPACK_HALF_2X16: u32 = 62;
 
@@ -76,7 +94,7 @@ pub fn compile(wgsl: &str) -> Result<Vec<u32>, String> {
     };
     let words =
         spv::write_vec(&module, &info, &options, None).map_err(|error| error.to_string())?;
-    correct(&words, &Component::of(wgsl)?)
+    correct(&words, &Component::of(wgsl)?, wgsl.lines().any(|line| line == E2M1_CONVERSION))
 }
 
 /// What A and B are made of.
@@ -129,7 +147,18 @@ fn literal(text: &str) -> Vec<u32> {
     bytes.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect()
 }
 
-fn correct(words: &[u32], fragments: &Component) -> Result<Vec<u32>, String> {
+/// The instructions that give E2M1 codes of a module as f16.
+#[derive(Default)]
+struct Conversion {
+    /// The type of two codes.
+    pair: u32,
+    /// What takes codes from words, what converts these, and what multiplies the values.
+    codes: HashSet<u32>,
+    values: HashSet<u32>,
+    products: Vec<u32>,
+}
+
+fn correct(words: &[u32], fragments: &Component, converts: bool) -> Result<Vec<u32>, String> {
     let (header, mut rest) = words.split_at(5);
     let mut instructions: Vec<Instruction> = Vec::new();
     while let Some(first) = rest.first() {
@@ -147,6 +176,9 @@ fn correct(words: &[u32], fragments: &Component) -> Result<Vec<u32>, String> {
         Component::F16 => (f16.ok_or("no f16 in the module")?, None),
         Component::Other { contracted, .. } => (header[3], contracted.map(|_| header[3] + 1)),
     };
+    if let Component::Other { .. } = fragments {
+        header[3] += 1 + u32::from(length.is_some());
+    }
     let half2 = id(&|(op, a)| *op == OP_TYPE_VECTOR && Some(a[1]) == f16 && a[2] == 2);
     let u32_type = id(&|(op, a)| *op == OP_TYPE_INT && a[1] == 32 && a[2] == 0);
     let workgroup_order = instructions
@@ -161,7 +193,15 @@ fn correct(words: &[u32], fragments: &Component) -> Result<Vec<u32>, String> {
         .filter(|(op, _)| *op == OP_TYPE_COOPERATIVE_MATRIX)
         .map(|(_, a)| a[0])
         .collect();
+    let mut conversion = converts.then(|| {
+        let converted = |(op, a): &&Instruction| *op == OP_CONVERT_U_TO_F && Some(a[0]) == half2;
+        let codes = instructions.iter().filter(converted).map(|(_, a)| a[2]).collect();
+        let pair = header[3] + 1;
+        header[3] += 2;
+        Conversion { pair, codes, ..Default::default() }
+    });
     let mut constants = HashMap::new();
+    let mut bounded = HashMap::new();
     let mut unpacked = HashMap::new();
     let mut converted = HashMap::new();
     for (op, a) in &mut instructions {
@@ -183,6 +223,33 @@ fn correct(words: &[u32], fragments: &Component) -> Result<Vec<u32>, String> {
                 a[2] = workgroup_order.ok_or("no workgroupBarrier besides a subgroupBarrier")?;
             }
             OP_F_SUB if matrices.contains(&a[0]) => *op = OP_F_MUL,
+            OP_EXT_INST if a.len() == 6 && a[3] == GLSL_U_MIN => {
+                bounded.insert(a[1], a[4]);
+            }
+            // Operands: result type, result, base, offset, count, the last two bounded by what naga makes sure of.
+            OP_BIT_FIELD_U_EXTRACT => {
+                if let Some(conversion) = conversion.as_ref().filter(|c| c.codes.contains(&a[1])) {
+                    let [offset, count] = [a[3], a[4]].map(|at| bounded.get(&at).copied());
+                    if count.and_then(|count| constants.get(&count)) != Some(&4) {
+                        return Err("a code of E2M1 that has not four bits".into());
+                    }
+                    *op = OP_BITCAST_EXTRACT;
+                    *a = vec![conversion.pair, a[1], a[2], offset.ok_or("a field of no offset")?];
+                }
+            }
+            OP_CONVERT_U_TO_F if Some(a[0]) == half2 => {
+                if let Some(conversion) = &mut conversion {
+                    *op = OP_F_CONVERT;
+                    conversion.values.insert(a[1]);
+                }
+            }
+            OP_F_MUL => {
+                if let Some(conversion) = &mut conversion {
+                    if a[2..].iter().any(|factor| conversion.values.contains(factor)) {
+                        conversion.products.push(a[1]);
+                    }
+                }
+            }
             OP_EXT_INST if a.len() == 5 && a[3] == GLSL_UNPACK_HALF_2X16 => {
                 unpacked.insert(a[1], a[4]);
             }
@@ -211,18 +278,12 @@ fn correct(words: &[u32], fragments: &Component) -> Result<Vec<u32>, String> {
         .position(|(op, a)| *op == OP_TYPE_COOPERATIVE_MATRIX && a[1] == component);
     if let Component::Other { bits, encoding, extension, capabilities, contracted } = fragments {
         let matrix = matrix.ok_or("no cooperative matrix in the module")?;
-        header[3] += 1;
         if let (Some(length), Some(contracted)) = (length, contracted) {
             let u32_type = u32_type.ok_or("no u32 in the module")?;
-            header[3] += 1;
             instructions.insert(matrix, (OP_CONSTANT, vec![u32_type, length, *contracted]));
         }
         instructions.insert(matrix, (OP_TYPE_FLOAT, vec![component, *bits, *encoding]));
-        let first = instructions.iter().take_while(|(op, _)| *op == OP_CAPABILITY).count();
-        instructions.insert(first, (OP_EXTENSION, literal(extension)));
-        for capability in capabilities {
-            instructions.insert(first, (OP_CAPABILITY, vec![*capability]));
-        }
+        declare(&mut instructions, extension, capabilities);
     } else if let (Some(float), Some(matrix)) =
         (instructions.iter().position(|(op, a)| *op == OP_TYPE_FLOAT && a[1] == 16), matrix)
     {
@@ -231,10 +292,47 @@ fn correct(words: &[u32], fragments: &Component) -> Result<Vec<u32>, String> {
             instructions.insert(matrix, instruction);
         }
     }
+    if let Some(conversion) = conversion {
+        convert(&mut instructions, conversion)?;
+    }
     let mut out = header;
     for (op, operands) in instructions {
         out.push((operands.len() as u32 + 1) << 16 | u32::from(op));
         out.extend(operands);
     }
     Ok(out)
+}
+
+/// Puts an extension and its capabilities where they belong.
+fn declare(instructions: &mut Vec<Instruction>, extension: &str, capabilities: &[u32]) {
+    let first = instructions.iter().take_while(|(op, _)| *op == OP_CAPABILITY).count();
+    instructions.insert(first, (OP_EXTENSION, literal(extension)));
+    for capability in capabilities {
+        instructions.insert(first, (OP_CAPABILITY, vec![*capability]));
+    }
+}
+
+/// Declares what the instructions of a conversion need.
+fn convert(instructions: &mut Vec<Instruction>, conversion: Conversion) -> Result<(), String> {
+    let Conversion { pair, codes, products, .. } = conversion;
+    let extracts =
+        instructions.iter().filter(|(op, a)| *op == OP_BITCAST_EXTRACT && codes.contains(&a[1]));
+    if codes.is_empty() || extracts.count() != codes.len() {
+        return Err("an integer is converted to f16 where codes of E2M1 should be".into());
+    }
+    let place = |ops: &[u16]| instructions.iter().position(|(op, _)| ops.contains(op));
+    let functions = place(&[OP_FUNCTION]).ok_or("no function in the module")?;
+    let decorations =
+        place(&[OP_DECORATE, OP_MEMBER_DECORATE]).ok_or("no decoration in the module")?;
+    let code = pair - 1;
+    let types = [
+        (OP_TYPE_FLOAT, vec![code, 4, ENCODING_FLOAT4_E2M1]),
+        (OP_TYPE_VECTOR, vec![pair, code, 2]),
+    ];
+    instructions.splice(functions..functions, types);
+    // A value times 2^-14 times a factor: the product of the last two would be zero where this is not.
+    let exact = products.iter().map(|id| (OP_DECORATE, vec![*id, DECORATION_NO_CONTRACTION]));
+    instructions.splice(decorations..decorations, exact);
+    declare(instructions, OCP_EXTENSION, &[CAPABILITY_FLOAT4, CAPABILITY_BITCAST_EXTRACT]);
+    Ok(())
 }

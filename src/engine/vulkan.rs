@@ -1,12 +1,15 @@
 //! Opening a Vulkan device with what wgpu does not ask for: bfloat16 and E4M3 cooperative matrices
-//! (VK_KHR_shader_bfloat16, VK_EXT_shader_float8), and semaphores that other APIs can wait for
-//! (VK_KHR_external_semaphore_fd).
+//! (VK_KHR_shader_bfloat16, VK_EXT_shader_float8), conversions of E2M1 (VK_EXT_shader_ocp_microscaling_types), and semaphores
+//! that other APIs can wait for (VK_KHR_external_semaphore_fd).
 
 use std::ffi::{CStr, c_void};
 
 use ash::vk;
 
-use super::caps::vulkan::{BFLOAT16, FLOAT8, Float8Features, configurations, e4m3_matrices_of};
+use super::caps::vulkan::{
+    BFLOAT16, FLOAT8, Float8Features, OCP, OcpFeatures, configurations, e2m1_conversion_of,
+    e4m3_matrices_of,
+};
 use crate::{Error, Result};
 
 const EXTENSION: &CStr = c"VK_KHR_shader_bfloat16";
@@ -72,6 +75,8 @@ pub(crate) struct Extras {
     pub(crate) bf16: bool,
     /// Products in E4M3, and how many positions they contract.
     pub(crate) e4m3: Option<u32>,
+    /// Conversions of E2M1 to f16, and what else VK_EXT_shader_ocp_microscaling_types has here.
+    pub(crate) ocp: bool,
     pub(crate) external_semaphores: bool,
 }
 
@@ -83,6 +88,7 @@ impl Extras {
         Extras {
             bf16: features.contains(matrices) && bf16_matrices(adapter),
             e4m3: if features.contains(matrices) { e4m3_matrices_of(adapter) } else { None },
+            ocp: features.contains(matrices) && e2m1_conversion_of(adapter).is_some(),
             external_semaphores: features.contains(wgpu::Features::VULKAN_EXTERNAL_MEMORY_FD)
                 && has_extension(adapter, ash::khr::external_semaphore_fd::NAME),
         }
@@ -113,6 +119,8 @@ pub(crate) fn open(
     let bf16 = &raw mut bf16;
     let mut fp8 = Float8Features::new(true, true);
     let fp8 = &raw mut fp8;
+    let mut ocp = if extras.ocp { e2m1_conversion_of(adapter) } else { None };
+    let ocp = ocp.as_mut().map(|ocp| ocp as *mut OcpFeatures);
     // SAFETY: the extensions and their features are there (Extras::of); the structures live until the device is made, and
     // are put before what is in the chain already.
     let device = unsafe {
@@ -133,6 +141,11 @@ pub(crate) fn open(
                     args.extensions.push(FLOAT8);
                     (*fp8).p_next = args.create_info.p_next.cast_mut();
                     args.create_info.p_next = fp8.cast_const().cast();
+                }
+                if let Some(ocp) = ocp {
+                    args.extensions.push(OCP);
+                    (*ocp).p_next = args.create_info.p_next.cast_mut();
+                    args.create_info.p_next = ocp.cast_const().cast();
                 }
             })),
         )

@@ -478,6 +478,16 @@ impl Matmul {
         self
     }
 
+    /// For tests: the same without [`crate::Options::ocp_conversion`].
+    #[doc(hidden)]
+    pub fn without_conversion(mut self, ctx: &Context) -> Matmul {
+        if let crate::engine::Engine::Gpu(gpu) = ctx.engine() {
+            let shape = tier::shape(gpu, &self.desc, self.tier, self.slice.is_some());
+            self.forced = Some(shape.without_conversion());
+        }
+        self
+    }
+
     /// Records `y = alpha · A · Bᵀ + beta · y`.
     pub fn record<'a>(
         &self,

@@ -10,7 +10,8 @@ use super::Capability;
 pub(crate) const FLOAT8_E4M3: i32 = 1_000_491_002;
 const FLOAT8_E5M2: i32 = 1_000_491_003;
 pub(crate) const BFLOAT16: i32 = 1_000_141_000;
-const FLOAT4_E2M1_NAME: &str = "a component type newer than this probe";
+/// Those of VK_EXT_shader_ocp_microscaling_types: E2M3, E3M2, E2M1, E8M0 and MXINT8 follow one another.
+const OCP_COMPONENTS: i32 = 1_000_672_000;
 
 /// The lines that only Vulkan can answer; on other backends they say so.
 pub(super) fn probe(adapter: &wgpu::Adapter) -> Vec<Capability> {
@@ -83,11 +84,12 @@ pub(super) fn probe(adapter: &wgpu::Adapter) -> Vec<Capability> {
     };
     lines.push(Capability::new("fp8-cooperative-matrix", fp8, reason));
     lines.push(extension("fp8-conversion", FLOAT8, "FP8 types in shaders"));
-    lines.push(extension(
-        "mx-conversion",
-        c"VK_EXT_shader_ocp_microscaling_types",
-        "conversions alone, which no kernel here uses yet; it has no block-scaled matrix product",
-    ));
+    let ocp = has(OCP).then(|| OcpFeatures::of(instance, device));
+    let (found, reason) = match e2m1_conversion(ocp.as_ref()) {
+        Ok(reason) => (true, reason),
+        Err(reason) => (false, reason),
+    };
+    lines.push(Capability::new("mx-conversion", found, reason));
     lines.push(extension("bf16-types", c"VK_KHR_shader_bfloat16", "bfloat16 types in shaders"));
     lines.push(extension(
         "cooperative-matrix-2",
@@ -147,6 +149,78 @@ impl Float8Features {
         unsafe { instance.get_physical_device_features2(device, &mut features) };
         fp8
     }
+}
+
+/// The extension with the OCP's types, which can be converted and not multiplied.
+pub(crate) const OCP: &CStr = c"VK_EXT_shader_ocp_microscaling_types";
+
+/// VkPhysicalDeviceShaderOCPMicroscalingTypesFeaturesEXT, which ash 0.38 does not have yet: its type and the order of its
+/// members are the Vulkan 1.4.360 registry's.
+#[repr(C)]
+pub(crate) struct OcpFeatures {
+    s_type: vk::StructureType,
+    pub(crate) p_next: *mut c_void,
+    /// shaderFloat4, shaderFloat6, shaderFloat8UnsignedE8M0, shaderMXInt8.
+    types: [vk::Bool32; 4],
+}
+
+impl OcpFeatures {
+    fn new(types: [bool; 4]) -> OcpFeatures {
+        OcpFeatures {
+            s_type: vk::StructureType::from_raw(1_000_672_000),
+            p_next: std::ptr::null_mut(),
+            types: types.map(vk::Bool32::from),
+        }
+    }
+
+    /// What a device has, which must have the extension.
+    fn of(instance: &ash::Instance, device: vk::PhysicalDevice) -> OcpFeatures {
+        let mut ocp = OcpFeatures::new([false; 4]);
+        let mut features =
+            vk::PhysicalDeviceFeatures2 { p_next: (&raw mut ocp).cast(), ..Default::default() };
+        // SAFETY: `device` belongs to `instance`; the chained structure is the extension's, and outlives the call.
+        unsafe { instance.get_physical_device_features2(device, &mut features) };
+        // Whoever opens a device with these has a chain of their own.
+        OcpFeatures { p_next: std::ptr::null_mut(), ..ocp }
+    }
+}
+
+/// Whether E2M1 codes can be converted to f16, with what there is besides, or why not. `features`: None without the extension.
+pub(crate) fn e2m1_conversion(features: Option<&OcpFeatures>) -> Result<String, String> {
+    let Some(features) = features else {
+        return Err("the driver has no VK_EXT_shader_ocp_microscaling_types".into());
+    };
+    let names = ["shaderFloat4", "shaderFloat6", "shaderFloat8UnsignedE8M0", "shaderMXInt8"];
+    let found: Vec<_> = names
+        .into_iter()
+        .zip(features.types)
+        .filter(|(_, found)| *found == vk::TRUE)
+        .map(|(name, _)| name)
+        .collect();
+    match features.types[0] == vk::TRUE {
+        true => Ok(format!(
+            "{}: E2M1 operands of the tensor tier, by Options::ocp_conversion or where tiles are measured; conversions \
+             alone, no block-scaled matrix product",
+            found.join(", ")
+        )),
+        false => Err(format!(
+            "VK_EXT_shader_ocp_microscaling_types is there, shaderFloat4 is not{}{}",
+            if found.is_empty() { "" } else { ", but " },
+            found.join(", ")
+        )),
+    }
+}
+
+/// The features of an adapter that can convert E2M1 codes to f16.
+#[cfg(not(target_vendor = "apple"))]
+pub(crate) fn e2m1_conversion_of(adapter: &wgpu::Adapter) -> Option<OcpFeatures> {
+    // SAFETY: the adapter handle is only used within this function, while `adapter` is alive.
+    let hal = unsafe { adapter.as_hal::<wgpu::hal::api::Vulkan>() }?;
+    if !hal.physical_device_capabilities().supports_extension(OCP) {
+        return None;
+    }
+    let (instance, device) = (hal.shared_instance().raw_instance(), hal.raw_physical_device());
+    Some(OcpFeatures::of(instance, device)).filter(|ocp| e2m1_conversion(Some(ocp)).is_ok())
 }
 
 /// How many positions a usable product of cooperative matrices in E4M3 contracts, or why there is none. Usable: by a subgroup,
@@ -249,7 +323,12 @@ fn component(t: vk::ComponentTypeKHR) -> String {
             FLOAT8_E4M3 => "e4m3".into(),
             FLOAT8_E5M2 => "e5m2".into(),
             BFLOAT16 => "bf16".into(),
-            raw => format!("{FLOAT4_E2M1_NAME} ({raw})"),
+            raw => match ["e2m3", "e3m2", "e2m1", "e8m0", "mxint8"]
+                .get(raw.wrapping_sub(OCP_COMPONENTS) as usize)
+            {
+                Some(name) => (*name).into(),
+                None => format!("a component type newer than this probe ({raw})"),
+            },
         },
     }
 }
@@ -310,6 +389,39 @@ mod tests {
             (workgroup, "of a subgroup is needed"),
         ] {
             says(has(), &[wrong], text);
+        }
+    }
+
+    #[test]
+    fn conversions_need_float4() {
+        let of = |types| e2m1_conversion(Some(&OcpFeatures::new(types)));
+        let all = of([true; 4]).unwrap();
+        assert!(
+            all.starts_with("shaderFloat4, shaderFloat6, shaderFloat8UnsignedE8M0, shaderMXInt8:")
+        );
+        assert!(of([true, false, false, false]).unwrap().starts_with("shaderFloat4: "));
+        let says = |features: Option<OcpFeatures>, part: &str| {
+            let reason = e2m1_conversion(features.as_ref()).unwrap_err();
+            assert!(reason.ends_with(part), "{reason:?}");
+        };
+        says(None, "the driver has no VK_EXT_shader_ocp_microscaling_types");
+        says(Some(OcpFeatures::new([false; 4])), "shaderFloat4 is not");
+        says(
+            Some(OcpFeatures::new([false, true, false, true])),
+            "shaderFloat4 is not, but shaderFloat6, shaderMXInt8",
+        );
+        // As the driver lays it out: the type, the chain, four words.
+        assert_eq!(std::mem::offset_of!(OcpFeatures, types), 2 * size_of::<usize>());
+        assert_eq!(size_of::<OcpFeatures>(), 2 * size_of::<usize>() + 16);
+    }
+
+    #[test]
+    fn component_types_have_names() {
+        let names = |raw| component(vk::ComponentTypeKHR::from_raw(raw));
+        assert_eq!(names(1_000_672_002), "e2m1");
+        assert_eq!(names(1_000_672_004), "mxint8");
+        for raw in [1_000_672_005, 1_000_671_999, i32::MIN] {
+            assert_eq!(names(raw), format!("a component type newer than this probe ({raw})"));
         }
     }
 }

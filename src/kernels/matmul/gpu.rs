@@ -5,7 +5,9 @@ use super::tier::{self, Fragments, Load, Shape};
 use super::{Extras, Input, Matmul, MatmulDesc, Operand, Output, Target, Tier, Values};
 use crate::engine::buffer::{Chunk, DType, Rows, STATE_WORDS};
 use crate::engine::gpu::{Gpu, Scratch};
-use crate::engine::shader::{BF16_FRAGMENTS, Binding, E4M3_FRAGMENTS, Kernel, Source, shader};
+use crate::engine::shader::{
+    BF16_FRAGMENTS, Binding, E2M1_CONVERSION, E4M3_FRAGMENTS, Kernel, Source, shader,
+};
 use crate::engine::{Engine, Stream};
 use crate::formats::{Block, Element, MxSpec, Rounding, ScaleFormat};
 use crate::kernels::{
@@ -554,7 +556,7 @@ impl Variant {
         let Shape::Tensor { subgroups, fragments, slices, side: 16, by } = self.shape else {
             return None;
         };
-        let emulated = by == Fragments::Emulated;
+        let emulated = by.matrices() == Fragments::Emulated;
         if by == Fragments::Wgsl || emulated != way.emulated {
             return None;
         }
@@ -578,6 +580,33 @@ impl Variant {
             Shape::Tensor { by: Fragments::E4m3 { k, emulated }, .. } => Some((k, emulated)),
             _ => None,
         }
+    }
+
+    /// Whether VK_EXT_shader_ocp_microscaling_types converts E2M1 operands; then whether that is emulated.
+    fn ocp(&self) -> Option<bool> {
+        match self.shape {
+            Shape::Tensor { by: Fragments::Ocp { emulated }, .. } => Some(emulated),
+            _ => None,
+        }
+    }
+
+    /// The same with such conversions, if there is an operand for them.
+    fn converting(&self) -> Option<Variant> {
+        let Shape::Tensor { subgroups, fragments, slices, side, by } = self.shape else {
+            return None;
+        };
+        let by = match by {
+            Fragments::Spirv => Fragments::Ocp { emulated: false },
+            Fragments::Emulated => Fragments::Ocp { emulated: true },
+            _ => return None,
+        };
+        let shape = Shape::Tensor { subgroups, fragments, slices, side, by };
+        let converts = |(operand, load): (&Operand, &Load)| {
+            matches!(operand.values, Values::Mx(spec) if spec.element == Element::E2M1)
+                && *load == Load::Vectors
+        };
+        let any = [self.a, self.b].iter().zip(&self.load).any(converts);
+        (any && self.tier == Tier::Tensor).then_some(Variant { shape, ..*self })
     }
 
     /// Whether it leaves tiles to another.
@@ -720,7 +749,11 @@ impl Variant {
         }
         if let Shape::Tensor {
             side,
-            by: by @ (Fragments::Spirv | Fragments::Wgsl | Fragments::E4m3 { emulated: false, .. }),
+            by:
+                by @ (Fragments::Spirv
+                | Fragments::Wgsl
+                | Fragments::Ocp { emulated: false }
+                | Fragments::E4m3 { emulated: false, .. }),
             ..
         } = self.shape
         {
@@ -734,6 +767,9 @@ impl Variant {
             }
             if bf16 {
                 source = source.line(BF16_FRAGMENTS);
+            }
+            if let Fragments::Ocp { .. } = by {
+                source = source.line(E2M1_CONVERSION);
             }
             if let Some((k, _)) = e4m3 {
                 source = source.line(&format!("{E4M3_FRAGMENTS}{k}"));
@@ -848,6 +884,12 @@ impl Variant {
                 .fragment(shader!("lib/halves.wgsl"))
                 .fragment(shader!("lib/nibble_pair.wgsl"));
         }
+        if let Some(emulated) = self.ocp() {
+            source = source.fragment(match emulated {
+                true => shader!("lib/e2m1_emulated.wgsl"),
+                false => shader!("lib/e2m1_ocp.wgsl"),
+            });
+        }
         for (name, operand, load) in [('a', self.a, self.load[0]), ('b', self.b, self.load[1])] {
             let words = load == Load::Words;
             let fragments: &[&str] = match (operand.values, tensor, self.tier) {
@@ -896,7 +938,10 @@ impl Variant {
                 (Values::Mx(_), true, _) => &[
                     shader!("lib/operand.wgsl"),
                     shader!("lib/operand_halves.wgsl"),
-                    shader!("lib/nibbles_f16.wgsl"),
+                    match self.ocp() {
+                        Some(_) => shader!("lib/nibbles_ocp.wgsl"),
+                        None => shader!("lib/nibbles_f16.wgsl"),
+                    },
                     shader!("lib/loader_nibbles.wgsl"),
                 ],
                 (Values::Mx(_), false, Tier::Exact) if !words => &[shader!("lib/operand.wgsl")],
@@ -967,9 +1012,13 @@ impl Variant {
                 .fragment(shader!("matmul_skinny.wgsl")),
             (Shape::Tensor { by, .. }, _) => source
                 .fragment(match by {
-                    Fragments::Spirv => shader!("lib/coop_f32.wgsl"),
+                    Fragments::Spirv | Fragments::Ocp { emulated: false } => {
+                        shader!("lib/coop_f32.wgsl")
+                    }
                     Fragments::Wgsl => shader!("lib/coop_f16.wgsl"),
-                    Fragments::Emulated => shader!("lib/coop_emulated.wgsl"),
+                    Fragments::Emulated | Fragments::Ocp { emulated: true } => {
+                        shader!("lib/coop_emulated.wgsl")
+                    }
                     Fragments::E4m3 { emulated: false, .. } => shader!("lib/coop_e4m3.wgsl"),
                     Fragments::E4m3 { emulated: true, .. } => {
                         shader!("lib/coop_e4m3_emulated.wgsl")
@@ -977,14 +1026,17 @@ impl Variant {
                 })
                 .fragment(match (by, self.tier) {
                     (Fragments::Spirv, Tier::Exact) => shader!("lib/multiply_exact.wgsl"),
-                    (Fragments::Spirv | Fragments::E4m3 { emulated: false, .. }, _) => {
-                        shader!("lib/multiply.wgsl")
-                    }
+                    (
+                        Fragments::Spirv
+                        | Fragments::Ocp { emulated: false }
+                        | Fragments::E4m3 { emulated: false, .. },
+                        _,
+                    ) => shader!("lib/multiply.wgsl"),
                     (Fragments::Wgsl, _) => "",
                     (Fragments::Emulated, Tier::Exact) => {
                         shader!("lib/multiply_exact_emulated.wgsl")
                     }
-                    (Fragments::Emulated | Fragments::E4m3 { .. }, _) => {
+                    (Fragments::Emulated | Fragments::Ocp { .. } | Fragments::E4m3 { .. }, _) => {
                         shader!("lib/multiply_emulated.wgsl")
                     }
                 })
@@ -1223,6 +1275,13 @@ pub fn kernels() -> Vec<Kernel> {
             }
         }
     }
+    // Packed outputs are the same whatever decodes.
+    let dense = variants
+        .iter()
+        .filter(|v| v.shape == by(Fragments::Spirv) || v.shape == by(Fragments::Emulated));
+    let dense = dense.filter(|v| !matches!(v.out, Out::Mx { .. }));
+    let converting: Vec<_> = dense.filter_map(Variant::converting).collect();
+    variants.extend(converting);
     let mut windowed = Vec::new();
     for way in
         [(32, false), (16, false), (32, true)].map(|(k, emulated)| fp8::Way::new(k, emulated))

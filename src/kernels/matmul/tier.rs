@@ -3,6 +3,7 @@
 use super::fp8;
 use super::{MatmulDesc, Operand, Output, Tier, Values};
 use crate::engine::buffer::DType;
+use crate::engine::caps::State;
 use crate::engine::gpu::Gpu;
 use crate::engine::{Context, Engine};
 use crate::formats::{Element, MxSpec};
@@ -27,6 +28,19 @@ pub(crate) enum Fragments {
     /// Of E4M3, by SPIR-V of this crate's or without cooperative matrices: k positions at a time. No product's usual tile: they
     /// take the place of [`Fragments::Spirv`] and [`Fragments::Emulated`] where `fp8.rs` says so.
     E4m3 { k: u32, emulated: bool },
+    /// As [`Fragments::Spirv`] or [`Fragments::Emulated`], with E2M1 operands converted by VK_EXT_shader_ocp_microscaling_types.
+    Ocp { emulated: bool },
+}
+
+impl Fragments {
+    /// The same, whatever E2M1 operands are decoded by.
+    pub(super) fn matrices(self) -> Fragments {
+        match self {
+            Fragments::Ocp { emulated: false } => Fragments::Spirv,
+            Fragments::Ocp { emulated: true } => Fragments::Emulated,
+            by => by,
+        }
+    }
 }
 
 /// The work of a workgroup.
@@ -53,6 +67,14 @@ impl Shape {
                 [subgroups[0] * fragments[0] * side, subgroups[1] * fragments[1] * side]
             }
         }
+    }
+
+    /// With E2M1 operands decoded from their bits.
+    pub(super) fn without_conversion(mut self) -> Shape {
+        if let Shape::Tensor { by, .. } = &mut self {
+            *by = by.matrices();
+        }
+        self
     }
 
     /// Invocations of a workgroup.
@@ -237,6 +259,42 @@ fn tensor(
     Ok((by, side))
 }
 
+/// `by` with E2M1 operands converted by VK_EXT_shader_ocp_microscaling_types, if an operand is one that is, and if the device
+/// can or is to emulate it.
+fn converting(gpu: &Gpu, desc: &MatmulDesc, by: Fragments) -> Option<Fragments> {
+    let emulated = match by {
+        Fragments::Spirv if gpu.e2m1_conversion => false,
+        Fragments::Emulated if gpu.ocp_conversion => true,
+        _ => return None,
+    };
+    let any = [desc.a, desc.b].iter().any(|operand| wide(operand, desc.k));
+    any.then_some(Fragments::Ocp { emulated })
+}
+
+impl Gpu {
+    /// What is in the way of [`crate::Options::ocp_conversion`].
+    pub(crate) fn lacks_conversion(&self) -> Option<String> {
+        let probed = self.caps.get("mx-conversion").filter(|line| line.state != State::Yes);
+        if let (Some(line), false) = (probed, self.emulate_tensor) {
+            return Some(line.reason.clone());
+        }
+        if !self.device.features().contains(wgpu::Features::SHADER_F16) {
+            return Some("the device has no f16 in shaders, or was opened without".into());
+        }
+        if self.emulate_tensor {
+            return None;
+        }
+        // Any product will do.
+        let fragments =
+            tensor(Some(self), &MatmulDesc { m: 1, n: 1, k: 128, ..Default::default() });
+        match fragments {
+            Err([_, has]) => Some(has),
+            Ok((Fragments::Spirv, _)) if self.e2m1_conversion => None,
+            Ok(_) => Some("the device takes no SPIR-V as it is, or was opened without".into()),
+        }
+    }
+}
+
 /// Whether both operands are dense bf16.
 pub(super) fn is_bf16(desc: &MatmulDesc) -> bool {
     [desc.a, desc.b].iter().all(|operand| operand.values == Values::Dense(DType::BF16))
@@ -312,6 +370,7 @@ fn usual(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool) -> Shape {
     let (rows, square) = (rows(desc), square(desc));
     if tier == Tier::Tensor {
         let (by, side) = tensor(Some(gpu), desc).unwrap_or((Fragments::Emulated, 16));
+        let by = converting(gpu, desc, by).filter(|_| gpu.ocp_conversion).unwrap_or(by);
         let tiles =
             rows.div_ceil(128) * desc.n.div_ceil(128) * desc.batch * desc.experts.unwrap_or(1);
         let (subgroups, fragments, slices) = match (by, rows) {
@@ -400,18 +459,23 @@ pub(super) fn candidates(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool)
             ];
             let tiles = if is_skinny(desc) { narrow } else { wide };
             // The emulation is for tests.
-            let count = if by == Fragments::Emulated { 3 } else { tiles.len() };
+            let count = if by.matrices() == Fragments::Emulated { 3 } else { tiles.len() };
+            let ways = [Some(by.matrices()), converting(gpu, desc, by.matrices())];
+            let ways: Vec<_> = match tier {
+                Tier::Tensor => ways.into_iter().flatten().collect(),
+                _ => vec![by],
+            };
             for (subgroups, fragments, slices) in &tiles[..count] {
                 // The exact tier's additions have an order, and slices that are joined later are enough.
                 let one = tier == Tier::Exact || sliced;
                 for slices in slices.iter().filter(|slices| !one || **slices == 1) {
-                    list.push(Shape::Tensor {
+                    list.extend(ways.iter().map(|by| Shape::Tensor {
                         subgroups: *subgroups,
                         fragments: *fragments,
                         slices: *slices,
                         side,
-                        by,
-                    });
+                        by: *by,
+                    }));
                 }
             }
         }

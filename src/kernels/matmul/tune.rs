@@ -690,6 +690,8 @@ impl std::fmt::Display for Shape {
                     Fragments::Emulated => "emulated",
                     Fragments::E4m3 { k, emulated: false } => &format!("e4m3k{k}-"),
                     Fragments::E4m3 { k, emulated: true } => &format!("e4m3k{k}-emulated"),
+                    Fragments::Ocp { emulated: false } => "ocp",
+                    Fragments::Ocp { emulated: true } => "ocp-emulated",
                 };
                 write!(f, "{by}{side}.{sm}x{sn}x{slices}.{fm}x{fn_}")
             }
