@@ -108,10 +108,7 @@ pub enum Dense {
 impl Dense {
     /// The name in [`Cast::format`].
     pub fn name(self) -> &'static str {
-        match self {
-            Dense::F32 => "f32",
-            Dense::Bf16 => "bf16",
-        }
+        DType::from(self).name()
     }
 }
 
@@ -683,8 +680,7 @@ impl Recipe {
                     "oscillation: every {every} steps from a ratio of {threshold}: at least 2 and 1"
                 )));
             }
-            let linears = self.layers.iter().map(|layer| &layer.linear).chain([&self.linear]);
-            if linears.into_iter().any(|linear| linear.forward.w.hadamard.is_some()) {
+            if self.linears().any(|linear| linear.forward.w.hadamard.is_some()) {
                 return Err(Error::Recipe(
                     "oscillation: codes of transformed weights (forward.w.hadamard) are not theirs"
                         .into(),
@@ -717,6 +713,11 @@ impl Recipe {
             )));
         }
         Ok(())
+    }
+
+    /// What any of its layers do.
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.layers.iter().map(|layer| &layer.linear).chain([&self.linear])
     }
 
     /// What the layer of this name does.
