@@ -20,7 +20,7 @@ use crate::rng::{self, RoundingBits};
 use crate::{Error, Result};
 
 use super::{
-    NVIDIA, UNIT, WORKGROUP, all_specs, anchors, codec, format_constants, format_name,
+    NVIDIA, UNIT, WORKGROUP, act, all_specs, anchors, codec, format_constants, format_name,
     type_constants,
 };
 
@@ -733,17 +733,10 @@ fn amax_name(dtype: DType) -> String {
 
 fn amax_kernel(dtype: DType) -> Kernel {
     let source = Source::new().constant("WG", WORKGROUP).constant("STEPS", AMAX_STEPS);
-    Kernel {
-        name: amax_name(dtype),
-        wgsl: type_constants(source, "X_TYPE", dtype)
-            .fragment(shader!("lib/float.wgsl"))
-            .fragment(shader!("amax.wgsl"))
-            .build(),
-        bindings: vec![Binding::Params, Binding::Read, Binding::Write],
-        workgroup_size: WORKGROUP,
-        features: wgpu::Features::empty(),
-        spirv: false,
-    }
+    let source = type_constants(source, "X_TYPE", dtype)
+        .fragment(shader!("lib/float.wgsl"))
+        .fragment(shader!("amax.wgsl"));
+    act::kernel(amax_name(dtype), source, &[Binding::Read, Binding::Write])
 }
 
 /// Every variant of this file's kernels.
