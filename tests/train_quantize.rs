@@ -21,6 +21,7 @@ fn suite(form: &str) -> Vec<(&'static str, Test)> {
     let mut suite: Vec<(&'static str, Test)> = vec![
         ("without_a_transform_equals_quantize", equals_quantize),
         ("with_transforms_equals_the_reference", equals_the_reference),
+        ("stacks_are_packed_matrix_by_matrix", stacks),
         ("products_of_transformed_operands", products),
         ("counters_count", counters),
         ("clip_and_skip", clip_and_skip),
@@ -283,6 +284,93 @@ fn equals_the_reference(ctx: &Context, step: usize) -> Result<(), Failed> {
     let values = transform(&values, [rows, cols], Axis::Zero, side.hadamard);
     let (got, nonfinite) = got.unwrap();
     compare("ragged columns", &got, nonfinite, &values, &desc(&side, Axis::Zero));
+    Ok(())
+}
+
+/// A stack of matrices, packed down the columns of each, against the reference: of the whole where no block reaches into the
+/// next matrix, draws and tensor-wide scale included, and of each for itself, ragged and to nearest.
+fn stacks(ctx: &Context, step: usize) -> Result<(), Failed> {
+    let sizes = [0, 16, 32, 64, 128];
+    for turn in (0..vector_specs().len()).step_by(step) {
+        let matrices = 3;
+        let ragged = turn % 3 == 1;
+        let [rows, cols] = if ragged { [80, 20] } else { [128, 36] };
+        let mut columns = side(turn, if ragged { [0, 16][turn / 3 % 2] } else { sizes[turn % 5] });
+        if ragged {
+            columns.rounding = Rounding::NearestEven;
+        }
+        let along = (turn % 2 == 0).then(|| side(turn + 1, 0));
+        let dtype = [DType::F32, DType::BF16][turn / 2 % 2];
+        let shape = [matrices * rows, cols];
+        let bytes = match turn % 4 {
+            0 => selftest::input(dtype, shape[0], shape[1]),
+            _ => narrowed(dtype, &gaussian(turn as u64, shape[0] * shape[1])),
+        };
+        let values = to_f32(dtype, &bytes);
+        let x = ctx.upload(dtype, shape[0], shape[1], &bytes)?;
+        let one = desc(&columns, Axis::One);
+        let mut out = garbage(ctx, &one, matrices * cols, rows)?;
+        let mut rows_out = match along {
+            Some(along) => Some(garbage(ctx, &desc(&along, Axis::One), shape[0], shape[1])?),
+            None => None,
+        };
+        let mut stream = ctx.stream();
+        let both = QuantizeBoth::new(ctx, along, Some(columns))?.stacked(matrices);
+        let none = Guards::default();
+        both.record(&mut stream, &x, rows_out.as_mut(), Some(&mut out), &none, None)?;
+        ctx.submit(stream)?;
+        let what = format!("{columns:?} {dtype} {matrices} of {rows}x{cols}");
+        if let (Some(along), Some(out)) = (along, rows_out) {
+            let n = ctx.nonfinite_blocks_blocking(&out)?;
+            let desc = desc(&along, Axis::One);
+            compare(&what, &ctx.read_mx_blocking(&out)?, n, &values, &desc);
+        }
+        let (got, nonfinite) = (ctx.read_mx_blocking(&out)?, ctx.nonfinite_blocks_blocking(&out)?);
+        let zero = desc(&columns, Axis::Zero);
+        let values = transform(&values, shape, Axis::Zero, columns.hadamard);
+        let whole = reference::quantize(&values, shape[0], shape[1], &zero);
+        // Lines of the whole have all matrices; those of the output are one matrix's.
+        let (blocks, n) = (got.layout().blocks(), columns.spec.block.len());
+        let (mut scales, mut codes, mut counted) = (Vec::new(), Vec::new(), 0);
+        for matrix in 0..matrices {
+            let values = &values[matrix * rows * cols..][..rows * cols];
+            // Ragged or not, the tensor-wide scale is the whole's.
+            let tensor_scale = (zero.spec.scale == ScaleFormat::E4M3).then_some(whole.tensor_scale);
+            let zero = QuantizeDesc { tensor_scale, ..zero };
+            let alone = reference::quantize(values, rows, cols, &zero);
+            counted += alone.nonfinite;
+            if ragged {
+                scales.extend(alone.scales);
+                codes.extend(alone.codes);
+                continue;
+            }
+            for line in 0..cols {
+                let first = line * matrices * blocks + matrix * blocks;
+                scales.extend(&whole.scales[first..][..blocks]);
+                codes.extend(&whole.codes[first * n..][..blocks * n]);
+            }
+        }
+        assert_bytes(&format!("scales of {what}"), got.scales(), &scales);
+        let codes = reference::pack(columns.spec.element.bits(), &codes);
+        assert_bytes(&format!("codes of {what}"), got.codes(), &codes);
+        assert_eq!(got.tensor_scale().to_bits(), whole.tensor_scale.to_bits(), "{what}");
+        assert_eq!(nonfinite, counted, "non-finite blocks of {what}");
+    }
+    // Not whole matrices; an output of another shape.
+    let x = ctx.zeros(DType::F32, 96, 64)?;
+    let both = QuantizeBoth::new(ctx, None, Some(Side::default()))?;
+    for (matrices, lines) in [(5, 320), (0, 64), (3, 64)] {
+        let mut out = ctx.zeros_mx(MXFP4, Axis::One, lines, 32)?;
+        let both = both.stacked(matrices);
+        let error = both
+            .record(&mut ctx.stream(), &x, None, Some(&mut out), &Guards::default(), None)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("[96, 64]") && error.contains(&format!("{matrices} mat")),
+            "{error}"
+        );
+    }
     Ok(())
 }
 

@@ -2,7 +2,8 @@
 //! the input, each side with a format, rounding and Walsh–Hadamard transform of its own.
 //!
 //! Shapes: `x` `[T, C]`, F32 or BF16, C a multiple of 4. The row side is packed with blocks along C ([`Axis::One`]), the
-//! column side with blocks along T, stored transposed ([`Axis::Zero`]). Either may be absent.
+//! column side with blocks along T, stored transposed ([`Axis::Zero`]). Either may be absent. A stack of matrices, one under
+//! the other, may have the columns of each packed for themselves: [`QuantizeBoth::stacked`].
 //!
 //! **Exact**: the same bytes on every engine, for every input, and without a transform those of [`Quantize`], random bits
 //! included. What a transform adds: its additions are f32's, correctly rounded, in one order (strides from the largest to
@@ -158,6 +159,8 @@ pub struct Guards<'a> {
 pub struct QuantizeBoth {
     rows: Option<Side>,
     columns: Option<Side>,
+    /// If x is a stack: of how many matrices.
+    stack: Option<usize>,
 }
 
 const AXES: [Axis; 2] = [Axis::One, Axis::Zero];
@@ -188,7 +191,21 @@ impl QuantizeBoth {
         if rows.is_none() && columns.is_none() {
             return mismatch("neither rows nor columns".into());
         }
-        Ok(QuantizeBoth { rows, columns })
+        Ok(QuantizeBoth { rows, columns, stack: None })
+    }
+
+    /// The same for `x` `[matrices · T, C]`, a stack of matrices: the column side packs the columns of each and stores the
+    /// transposes one under the other, as a product takes them. So its output is `[matrices · C, T]` along axis one.
+    pub fn stacked(self, matrices: usize) -> QuantizeBoth {
+        QuantizeBoth { stack: Some(matrices), ..self }
+    }
+
+    /// The output of side `number` for an `x` of this shape: its axis, rows and columns.
+    fn output(&self, number: usize, [rows, cols]: [usize; 2]) -> (Axis, [usize; 2]) {
+        match self.stack {
+            Some(matrices) if number == 1 => (Axis::One, [matrices * cols, rows / matrices.max(1)]),
+            _ => (AXES[number], [rows, cols]),
+        }
     }
 
     /// Records the quantization of `x` `[T, C]` into the outputs of the sides that there are, which have the same logical
@@ -207,7 +224,9 @@ impl QuantizeBoth {
             [(self.rows, rows), (self.columns, columns)].into_iter().enumerate()
         {
             match (side, out) {
-                (Some(side), Some(out)) => jobs.push(Job { number, side, out }),
+                (Some(side), Some(out)) => {
+                    jobs.push(Job { number, side, out, matrices: self.stack.unwrap_or(1) });
+                }
                 (None, None) => {}
                 (side, _) => {
                     let what = ["row", "column"][number];
@@ -246,20 +265,25 @@ impl QuantizeBoth {
         counters: Option<&Ids>,
     ) -> Result<()> {
         x.expect(OPERATION, "x", x.shape(), &[DType::F32, DType::BF16])?;
+        if let Some(matrices) = self.stack.filter(|n| *n == 0 || !x.rows.is_multiple_of(*n)) {
+            return mismatch(format!("x is {:?}: a stack of {matrices} matrices", x.shape()));
+        }
         if !x.cols.is_multiple_of(4) {
             return mismatch(format!("x is {:?}: columns come in fours", x.shape()));
         }
-        for Job { number, side, out } in jobs {
+        for Job { number, side, out, .. } in jobs {
             let layout = out.layout;
-            if (layout.spec, layout.axis) != (side.spec, AXES[*number]) {
+            let (axis, shape) = self.output(*number, x.shape());
+            if (layout.spec, layout.axis) != (side.spec, axis) {
                 return mismatch(format!(
-                    "the side makes {} along axis {}, the output is {} along axis {}",
-                    side.spec, AXES[*number], layout.spec, layout.axis
+                    "the side makes {} along axis {axis}, the output is {} along axis {}",
+                    side.spec, layout.spec, layout.axis
                 ));
             }
-            if x.shape() != [layout.rows, layout.cols] {
+            if shape != [layout.rows, layout.cols] {
+                let stack = self.stack.map_or(String::new(), |n| format!(" in {n} matrices"));
                 return mismatch(format!(
-                    "x is {:?}, the output [{}, {}]",
+                    "x is {:?}{stack}, the output [{}, {}]",
                     x.shape(),
                     layout.rows,
                     layout.cols
@@ -296,6 +320,8 @@ struct Job<'a> {
     number: usize,
     side: Side,
     out: &'a mut DeviceMxTensor,
+    /// Of x.
+    matrices: usize,
 }
 
 fn record_gpu(
@@ -351,11 +377,13 @@ fn dispatch(
         count: counters.is_some(),
         amax_only,
     };
-    let mut params = vec![x.rows as u32, x.cols as u32, x.cols.div_ceil(8) as u32, 1];
+    let matrices = jobs[0].matrices;
+    let rows = x.rows / matrices;
+    let mut params = vec![rows as u32, x.cols as u32, matrices as u32, 1];
     params.resize(PARAMS, 0);
     let mut buffers = vec![x.binding()?];
     let mut lanes = 1;
-    for Job { number, side, out } in jobs {
+    for Job { number, side, out, .. } in jobs {
         let stochastic = side.rounding != Rounding::NearestEven && !amax_only;
         let hadamard = side.size();
         variant.sides[*number] = Some(SideVariant { spec: side.spec, hadamard, stochastic });
@@ -381,8 +409,9 @@ fn dispatch(
         buffers.push(counters.binding()?);
     }
     let [tile_rows, tile_cols] = variant.tile();
-    let tiles = x.rows.div_ceil(tile_rows as usize) * x.cols.div_ceil(tile_cols as usize);
-    stream.dispatch(&variant.name(), || variant.kernel(), &params, &buffers, tiles as u64)
+    let tiles = rows.div_ceil(tile_rows as usize) * x.cols.div_ceil(tile_cols as usize);
+    let groups = (matrices * tiles) as u64;
+    stream.dispatch(&variant.name(), || variant.kernel(), &params, &buffers, groups)
 }
 
 // ---- The twin ------------------------------------------------------------------------------------------------------
@@ -430,14 +459,19 @@ impl Job<'_> {
     /// [`Quantize`]: super::Quantize
     fn twin(&mut self, x: &Tensor, values: &[f32], guards: &Guards<'_>, count: bool) -> [u32; 4] {
         let layout = self.out.layout;
-        let guarded = Guarded {
-            x: values,
+        let columns = self.number == 1;
+        // Lines of columns are those of one matrix after the other.
+        let matrices = if columns { self.matrices } else { 1 };
+        let rows = x.rows / matrices;
+        let guarded = |matrix| Guarded {
+            x: &values[matrix * rows * x.cols..],
             cols: x.cols,
             clip: guards.clip.map_or(INFINITY, |clip| clip.data.cpu()[0] & 0x7fff_ffff),
             skip: guards.skip.map_or(&[], |skip| skip.data.cpu()),
         };
         let padded = layout.blocks() * layout.spec.block.len();
-        let as_it_is = layout.axis == Axis::One
+        let of_matrix = layout.lines() / matrices * padded;
+        let as_it_is = !columns
             && self.side.hadamard.is_none()
             && guards.clip.is_none()
             && guards.skip.is_none()
@@ -446,33 +480,38 @@ impl Job<'_> {
             true => values.into(),
             false => {
                 let mut lines = vec![0f32; layout.lines() * padded];
-                parallel(&mut lines, ABREAST * padded, |chunk, lines| {
-                    self.lay_out(&guarded, chunk * ABREAST, padded, lines);
-                });
+                for (matrix, lines) in lines.chunks_exact_mut(of_matrix).enumerate() {
+                    let guarded = guarded(matrix);
+                    parallel(lines, ABREAST * padded, |chunk, lines| {
+                        self.lay_out(&guarded, chunk * ABREAST, padded, lines);
+                    });
+                }
                 lines.into()
             }
         };
         let mut draws = Vec::new();
-        if let (Axis::Zero, Some(bits)) =
-            (layout.axis, RoundingBits::new(self.side.rounding, x.cols))
-        {
+        if let (true, Some(bits)) = (columns, RoundingBits::new(self.side.rounding, x.cols)) {
             draws = vec![0u16; lines.len()];
-            parallel(&mut draws, ABREAST * padded, |chunk, lines| {
-                let mut tile = [[0; ABREAST]; ABREAST];
-                for start in (0..x.rows).step_by(ABREAST) {
-                    let tile = &mut tile[..ABREAST.min(x.rows - start)];
-                    for (t, rows) in (start..).step_by(4).zip(tile.chunks_mut(4)) {
-                        for g in 0..ABREAST / 8 {
-                            let group = chunk * ABREAST / 8 + g;
-                            let of: [_; 4] = std::array::from_fn(|i| (t + i, group));
-                            for (row, halves) in rows.iter_mut().zip(bits.groups(of)) {
-                                row[8 * g..8 * g + 8].copy_from_slice(&halves);
+            for (matrix, lines) in draws.chunks_exact_mut(of_matrix).enumerate() {
+                parallel(lines, ABREAST * padded, |chunk, lines| {
+                    let mut tile = [[0; ABREAST]; ABREAST];
+                    for start in (0..rows).step_by(ABREAST) {
+                        let tile = &mut tile[..ABREAST.min(rows - start)];
+                        for (t, rows_of) in
+                            (matrix * rows + start..).step_by(4).zip(tile.chunks_mut(4))
+                        {
+                            for g in 0..ABREAST / 8 {
+                                let group = chunk * ABREAST / 8 + g;
+                                let of: [_; 4] = std::array::from_fn(|i| (t + i, group));
+                                for (row, halves) in rows_of.iter_mut().zip(bits.groups(of)) {
+                                    row[8 * g..8 * g + 8].copy_from_slice(&halves);
+                                }
                             }
                         }
+                        transpose(tile, lines, padded, start);
                     }
-                    transpose(tile, lines, padded, start);
-                }
-            });
+                });
+            }
         }
         let desc = self.side.desc(layout.axis);
         pack_lines(&desc, &lines, (!draws.is_empty()).then_some(&draws), self.out);
@@ -485,7 +524,8 @@ impl Job<'_> {
         let len = layout.line_len();
         let here = lines.len() / padded;
         let hadamard = self.side.hadamard;
-        if layout.axis == Axis::One {
+        let columns = self.number == 1;
+        if !columns {
             for (row, line) in (first..).zip(lines.chunks_exact_mut(padded)) {
                 guarded.copy(row, 0, &mut line[..len]);
             }
@@ -498,7 +538,7 @@ impl Job<'_> {
         let size = hadamard.map_or(ABREAST, |hadamard| hadamard.size as usize);
         for start in (0..len).step_by(size) {
             let tile = &mut tile[..size.min(len - start)];
-            if layout.axis == Axis::Zero {
+            if columns {
                 for (t, row) in (start..).zip(&mut *tile) {
                     guarded.copy(t, first, &mut row[..here]);
                 }

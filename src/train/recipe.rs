@@ -606,7 +606,7 @@ impl Recipe {
         let mut layers = Vec::new();
         if let Form::Mx(spec) = linear.dgrad.w.form()? {
             if spec.block.lines() == 1 {
-                // Experts' weights are read both ways: squares, and no transform of them.
+                // Experts' weights in squares, which are packed once and read both ways, and no transform of them.
                 let mut experts = linear.clone();
                 let Dgrad { dy, w } = &mut experts.dgrad;
                 (dy.hadamard, dy.signs, w.hadamard, w.signs) = (None, None, None, None);
