@@ -612,15 +612,19 @@ fn operand(
         },
         tensor_scale: None,
     };
-    let q = reference::quantize(&x, rows, cols, &desc);
+    let factor = if cast.scale == Some(Scale::ThreeQuarters) { 0.75 } else { 1.0 };
+    let q = reference::quantize_times(factor, &x, rows, cols, &desc);
     let codes = reference::pack(spec.element.bits(), &q.codes);
     let layout = Layout::new(spec, axis, rows, cols).unwrap();
     Lines::mx(&MxTensor::from_parts(layout, codes, q.scales, q.tensor_scale).unwrap(), false)
 }
 
-/// 4ᵖ / size.
-fn gain(cast: &Cast) -> f32 {
-    cast.hadamard.map_or(1.0, |size| (1 << (2 * size.ilog2().div_ceil(2))) as f32 / size as f32)
+/// 4ᵖ / size, and 4/3 for each operand of three quarters.
+fn gain(a: &Cast, b: &Cast) -> f32 {
+    let size = a.hadamard.unwrap_or(1);
+    let less = [a, b].iter().filter(|cast| cast.scale == Some(Scale::ThreeQuarters)).count();
+    (f64::from(1 << (2 * size.ilog2().div_ceil(2))) / f64::from(size)
+        * [1.0, 4.0 / 3.0, 16.0 / 9.0][less]) as f32
 }
 
 /// The magnitude at a quantile, of bf16 values.
@@ -694,7 +698,7 @@ fn check_linear(
     let [ft, dt, wgt] = layer.tiers();
     let a = operand(&main, xs, x_type, &forward.x, Axis::One, [0, 0]);
     let b = operand(&w, ws, w_type, &forward.w, Axis::One, [0, 9]);
-    let mut want = product::product(ft, &a, &b, gain(&forward.x));
+    let mut want = product::product(ft, &a, &b, gain(&forward.x, &forward.w));
     let mut exact = ft == Tier::Exact;
     if !apart.is_empty() {
         let columns = |x: &[f32], rows: usize, dtype: DType| {
@@ -728,12 +732,12 @@ fn check_linear(
     let clip = |cast: &Cast| clipped(&dy, dy_type, cast.clip);
     let a = operand(&clip(&dgrad.dy), ys, dy_type, &dgrad.dy, Axis::One, [1, 2]);
     let b = operand(&w, ws, w_type, &dgrad.w, Axis::Zero, [1, 9]);
-    let want = product::product(dt, &a, &b, gain(&dgrad.dy));
+    let want = product::product(dt, &a, &b, gain(&dgrad.dy, &dgrad.w));
     compare("dgrad", x_type, dt == Tier::Exact, &dx, &want, K)?;
     let x = clipped(&x, x_type, wgrad.x.clip);
     let a = operand(&clip(&wgrad.dy), ys, dy_type, &wgrad.dy, Axis::Zero, [2, 3]);
     let b = operand(&x, xs, x_type, &wgrad.x, Axis::Zero, [2, 1]);
-    let want = product::product(wgt, &a, &b, gain(&wgrad.dy));
+    let want = product::product(wgt, &a, &b, gain(&wgrad.dy, &wgrad.x));
     compare("wgrad", F32, wgt == Tier::Exact, &dw, &want, K)
 }
 
@@ -769,6 +773,21 @@ fn combinations(ctx: &Context, step: usize) -> Result<(), Failed> {
         let cast = Cast::plain("mxfp8-e4m3").scaled(Scale::Even).hadamard(64, Signs::None);
         linear.forward.x = cast.clone();
         linear.forward.w = Cast { format: "mxfp6-e2m3".into(), ..cast };
+        linear
+    };
+    // As arXiv 2502.20586 has it, but for the weight.
+    let three_quarters = {
+        let mut linear = recipe("mxfp4-backward").linear;
+        let Linear { dgrad, wgrad, .. } = &mut linear;
+        for cast in [&mut dgrad.dy, &mut wgrad.dy, &mut wgrad.x] {
+            cast.scale = Some(Scale::ThreeQuarters);
+        }
+        linear
+    };
+    let three_quarters_of_x = {
+        let mut linear = mxfp4.clone();
+        linear.forward.x = Cast::plain("mxfp8-e4m3").scaled(Scale::ThreeQuarters);
+        linear.wgrad.dy.scale = Some(Scale::ThreeQuarters);
         linear
     };
     let cases: Vec<(&str, Linear, Types)> = vec![
@@ -811,6 +830,8 @@ fn combinations(ctx: &Context, step: usize) -> Result<(), Failed> {
             [BF16, F32, BF16],
         ),
         ("another transform", transformed, [BF16, F32, BF16]),
+        ("three quarters", three_quarters, [BF16, F32, BF16]),
+        ("three quarters of x", three_quarters_of_x, [BF16, F32, F32]),
     ];
     let few = if step > 1 { 1 } else { cases.len() };
     for (what, linear, types) in &cases[..few] {
@@ -887,14 +908,20 @@ fn experts_linear(ctx: &Context, step: usize) -> Result<(), Failed> {
                     .map_err(|error| format!("{what}, {part} of expert {expert}: {error}"))
             };
             let b = operand(w, [N, K], F32, &forward.w, Axis::One, [0, 9]);
-            let want = product::product(ft, &x_rows.part(first, n, 0, K), &b, gain(&forward.x));
+            let want = product::product(
+                ft,
+                &x_rows.part(first, n, 0, K),
+                &b,
+                gain(&forward.x, &forward.w),
+            );
             check("forward", ft, BF16, &y[first * N * 2..], &want, N)?;
             let b = operand(w, [N, K], F32, &dgrad.w, Axis::Zero, [1, 9]);
-            let want = product::product(dt, &dy_rows.part(first, n, 0, N), &b, gain(&dgrad.dy));
+            let want =
+                product::product(dt, &dy_rows.part(first, n, 0, N), &b, gain(&dgrad.dy, &dgrad.w));
             check("dgrad", dt, BF16, &dx[first * K * 2..], &want, K)?;
             let a = dy_columns.part(0, N, first, n);
             let b = x_columns.part(0, K, first, n);
-            let want = product::product(wgt, &a, &b, gain(&wgrad.dy));
+            let want = product::product(wgt, &a, &b, gain(&wgrad.dy, &wgrad.x));
             check("wgrad", wgt, F32, &dw[expert * N * K * 4..], &want, K)?;
         }
     }

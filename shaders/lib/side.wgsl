@@ -110,6 +110,19 @@ fn transformed(line: u32, unit: u32) -> Unit16 {
     return u;
 }
 
+// Three quarters of each, rounded to nearest even; NaN and infinity stay.
+fn three_quarters(v: vec4<u32>) -> vec4<u32> {
+    let magnitude = v & vec4<u32>(0x7fffffffu);
+    let e = max(magnitude >> vec4<u32>(23u), vec4<u32>(1u));
+    // In units of 2^(e - 152): a result of 24 bits loses two of them, and a smaller one is a binade down, unless it is subnormal.
+    let m3 = 3u * (magnitude - ((e - 1u) << vec4<u32>(23u)));
+    let down = select(vec4<u32>(), vec4<u32>(1u), (m3 < vec4<u32>(0x2000000u)) & (e > vec4<u32>(1u)));
+    let shift = 2u - down;
+    let rounded = (m3 + (1u - down) + ((m3 >> shift) & vec4<u32>(1u))) >> shift;
+    let result = (v & vec4<u32>(0x80000000u)) | (((e - 1u - down) << vec4<u32>(23u)) + rounded);
+    return select(result, v, magnitude >= vec4<u32>(F32_INFINITY));
+}
+
 fn finite4(v: vec4<u32>) -> u32 {
     let magnitude = v & vec4<u32>(0x7fffffffu);
     let m = select(vec4<u32>(), magnitude, magnitude < vec4<u32>(F32_INFINITY));
@@ -120,7 +133,12 @@ fn finite4(v: vec4<u32>) -> u32 {
 fn run(matrix: u32, row0: u32, col0: u32, lane: u32) {
     let unit = lane % LINE_UNITS;
     let in_line = lane / LINE_UNITS;
-    let u = transformed(in_line, unit);
+    var u = transformed(in_line, unit);
+    if (THREE_QUARTERS) {
+        for (var i = 0u; i < 4u; i++) { // unroll
+            u[i] = three_quarters(u[i]);
+        }
+    }
     if (AMAX_ONLY) {
         atomicMax(&wg_finite, max(max(finite4(u[0]), finite4(u[1])), max(finite4(u[2]), finite4(u[3]))));
         workgroupBarrier();

@@ -106,12 +106,16 @@ pub struct Side {
     pub rounding: Rounding,
     /// The transform before the quantizer. Its size divides the blocked axis' length.
     pub hadamard: Option<Hadamard>,
+    /// Pack three quarters of the elements, each rounded to f32, under the scale that Floor gives for the whole ones: then
+    /// nothing clips, in any format under E8M0 scales (arXiv 2502.20586). `scale_rule` is Floor or `None`. A product is to be
+    /// multiplied with 4/3 for each operand of that kind.
+    pub three_quarters: bool,
 }
 
 impl Default for Side {
     fn default() -> Self {
         let QuantizeDesc { spec, scale_rule, rounding, .. } = QuantizeDesc::default();
-        Side { spec, scale_rule, rounding, hadamard: None }
+        Side { spec, scale_rule, rounding, hadamard: None, three_quarters: false }
     }
 }
 
@@ -121,8 +125,20 @@ impl Side {
         QuantizeDesc { spec, axis, scale_rule, rounding, tensor_scale: None }
     }
 
+    /// See [`QuantizeDesc::carry`]. Of three quarters of an amax the fraction is at least ½ where it is a binade below the amax.
+    fn carry(&self, axis: Axis) -> u32 {
+        if self.three_quarters { 1 << 22 } else { self.desc(axis).carry() }
+    }
+
     fn validate(&self, axis: Axis) -> Result<()> {
         self.desc(axis).validate()?;
+        let floor = matches!(self.scale_rule, None | Some(ScaleRule::Floor));
+        if self.three_quarters && !(floor && self.spec.scale == ScaleFormat::E8M0) {
+            return Err(Error::InvalidSpec(format!(
+                "three quarters of {} under the rule {:?}: they go with Floor, under E8M0 scales",
+                self.spec, self.scale_rule
+            )));
+        }
         if !matches!(self.spec.block, Block::Vector(_)) {
             return Err(Error::InvalidSpec(format!(
                 "{} as a side of QuantizeBoth: it takes vector blocks; Quantize packs squares",
@@ -386,7 +402,8 @@ fn dispatch(
     for Job { number, side, out, .. } in jobs {
         let stochastic = side.rounding != Rounding::NearestEven && !amax_only;
         let hadamard = side.size();
-        variant.sides[*number] = Some(SideVariant { spec: side.spec, hadamard, stochastic });
+        let Side { spec, three_quarters, .. } = *side;
+        variant.sides[*number] = Some(SideVariant { spec, hadamard, stochastic, three_quarters });
         variant.mad |= stochastic && gpu.caps.vendor == NVIDIA;
         lanes = lanes.max(side.spec.block.len() as u32 / UNIT);
         let layout = out.layout;
@@ -395,7 +412,7 @@ fn dispatch(
         words[4..8].copy_from_slice(&rng::key(side.rounding));
         words[8] = (layout.blocks() * layout.spec.block.len()) as u32 / UNIT;
         words[9] = layout.blocks() as u32;
-        words[10] = side.desc(layout.axis).carry();
+        words[10] = side.carry(layout.axis);
         buffers.extend(out.bindings()?);
     }
     variant.subgroup = lanes > 1 && !amax_only && gpu.has_subgroups(lanes);
@@ -473,6 +490,7 @@ impl Job<'_> {
         let of_matrix = layout.lines() / matrices * padded;
         let as_it_is = !columns
             && self.side.hadamard.is_none()
+            && !self.side.three_quarters
             && guards.clip.is_none()
             && guards.skip.is_none()
             && padded == x.cols;
@@ -484,6 +502,9 @@ impl Job<'_> {
                     let guarded = guarded(matrix);
                     parallel(lines, ABREAST * padded, |chunk, lines| {
                         self.lay_out(&guarded, chunk * ABREAST, padded, lines);
+                        if self.side.three_quarters {
+                            lines.iter_mut().for_each(|v| *v *= 0.75);
+                        }
                     });
                 }
                 lines.into()
@@ -514,7 +535,8 @@ impl Job<'_> {
             }
         }
         let desc = self.side.desc(layout.axis);
-        pack_lines(&desc, &lines, (!draws.is_empty()).then_some(&draws), self.out);
+        let carry = self.side.carry(layout.axis);
+        pack_lines(&desc, carry, &lines, (!draws.is_empty()).then_some(&draws), self.out);
         if count { self.count(&lines, padded) } else { [0; 4] }
     }
 
@@ -708,6 +730,7 @@ struct SideVariant {
     /// The transform's size, or 0.
     hadamard: u32,
     stochastic: bool,
+    three_quarters: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -741,6 +764,7 @@ impl Variant {
                     name += &format!("-h{}", side.hadamard);
                 }
                 name += if side.stochastic { "-stochastic" } else { "-nearest" };
+                name += if side.three_quarters { "-3/4" } else { "" };
             }
         }
         for (flag, what) in [
@@ -760,7 +784,7 @@ impl Variant {
 
     /// A side's namespace; `binding` is the number of its codes.
     fn side(&self, number: usize, side: SideVariant, binding: usize) -> Source {
-        let SideVariant { spec, hadamard, stochastic } = side;
+        let SideVariant { spec, hadamard, stochastic, three_quarters } = side;
         let element = spec.element;
         let [_, tile_cols] = self.tile();
         let tile_rows = TILE / tile_cols;
@@ -781,6 +805,7 @@ impl Variant {
             .flag("HADAMARD", hadamard > 0)
             .flag("DRAWS_TILE", draws_tile)
             .flag("AMAX_ONLY", self.amax_only)
+            .flag("THREE_QUARTERS", three_quarters)
             .line(&format!("const FACTOR = {factor:?};"))
             .line(&access(0, "read_write", "codes: array<CodesWord>"))
             .line(&access(1, "read_write", "scales: array<atomic<u32>>"))
@@ -916,7 +941,9 @@ pub fn kernels() -> Vec<Kernel> {
             amax_only,
         });
     };
-    let side = |spec, hadamard, stochastic| Some(SideVariant { spec, hadamard, stochastic });
+    let side = |spec, hadamard, stochastic| {
+        Some(SideVariant { spec, hadamard, stochastic, three_quarters: false })
+    };
     for spec in all_specs().into_iter().filter(|spec| spec.block.lines() == 1) {
         for hadamard in [0, 16, 32, 64, 128] {
             for stochastic in [false, true] {
@@ -933,6 +960,12 @@ pub fn kernels() -> Vec<Kernel> {
         for (_, b) in crate::formats::NAMED {
             add([side(a, 0, false), side(b, 32, true)], false);
             add([side(a, 16, true), side(b, 16, false)], false);
+        }
+        if a.scale == ScaleFormat::E8M0 {
+            let less = |hadamard| {
+                side(a, hadamard, true).map(|side| SideVariant { three_quarters: true, ..side })
+            };
+            add([less(0), less(32)], false);
         }
     }
     variants.iter().map(Variant::kernel).collect()

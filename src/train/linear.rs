@@ -330,9 +330,11 @@ impl MxLinear {
             Some(made) => made,
             None => Made::new(ctx, &recipe.dgrad.w, desc.w, shape, axis)?,
         };
-        let gain = |cast: &Cast| {
-            let hadamard = cast.hadamard.map(|size| Hadamard { size, signs: Signs::None });
-            hadamard.map_or(1.0, Hadamard::gain)
+        // What transforms, of both operands or none, and three quarters take from a product.
+        let gain = |a: &Cast, b: &Cast| {
+            let hadamard = a.hadamard.map(|size| Hadamard { size, signs: Signs::None });
+            let less = [a, b].map(|cast| if cast.is_three_quarters() { 4.0 / 3.0 } else { 1.0 });
+            (f64::from(hadamard.map_or(1.0, Hadamard::gain)) * less[0] * less[1]) as f32
         };
         let forward = Matmul::new(
             ctx,
@@ -343,7 +345,7 @@ impl MxLinear {
                 a: lock(&x).operand(false),
                 b: w.operand(false),
                 out: desc.y.into(),
-                alpha: gain(&recipe.forward.x),
+                alpha: gain(&recipe.forward.x, &recipe.forward.w),
                 experts,
                 ..Default::default()
             },
@@ -360,7 +362,7 @@ impl MxLinear {
                     ..w_dgrad.operand(true)
                 },
                 out: desc.dx.into(),
-                alpha: gain(&recipe.dgrad.dy),
+                alpha: gain(&recipe.dgrad.dy, &recipe.dgrad.w),
                 experts,
                 ..Default::default()
             },
@@ -374,7 +376,7 @@ impl MxLinear {
                 a: lock(&dy_columns).operand(true),
                 b: x_columns.operand(true),
                 out: DType::F32.into(),
-                alpha: gain(&recipe.wgrad.dy),
+                alpha: gain(&recipe.wgrad.dy, &recipe.wgrad.x),
                 beta: if accumulate { 1.0 } else { 0.0 },
                 experts,
                 group_k: experts.is_some(),
@@ -693,7 +695,8 @@ fn weight(
                 return Quantize::new(&ctx, &desc)?.record(stream, w, tensor);
             }
             let QuantizeDesc { spec, scale_rule, rounding, .. } = desc;
-            let side = Some(Side { spec, scale_rule, rounding, hadamard });
+            let side = Side { spec, scale_rule, rounding, hadamard, ..Default::default() };
+            let side = Some(side);
             if let Across::No = across {
                 let both = QuantizeBoth::new(&ctx, side, None)?;
                 return both.record(stream, w, Some(tensor), None, &Guards::default(), None);
@@ -732,6 +735,7 @@ fn quantize(
             scale_rule: cast.scale.map(Into::into),
             rounding: draws.rounding(cast, layer, operand),
             hadamard,
+            three_quarters: cast.is_three_quarters(),
         }),
         _ => None,
     };
