@@ -15,8 +15,9 @@ const STRIP_ROWS = SUBGROUPS_M * FRAGMENT;
 const PITCH = select(5u, 6u, E4M3);
 // SLICES groups of subgroups share a tile: each has every SLICES-th chunk of k to itself, and memory of its own.
 const TILE_UNITS = (BM + BN) * PITCH;
-// Units of a strip of sums.
-const STRIP_VECTORS = STRIP_ROWS * BN / select(4u, 2u, E4M3);
+// A strip of sums, in vectors of LANES.
+const LANES = select(4u, 2u, E4M3);
+const STRIP_VECTORS = STRIP_ROWS * BN / LANES;
 // Four invocations a row; A_UNITS and B_UNITS rows an invocation.
 const ROW_STEP = WG / SLICES / 4u;
 const A_ROW0 = 0u;

@@ -1,9 +1,9 @@
 // quantize_both: a tile of x, read once, to codes and scales of one or two sides: blocks along the rows (r_), down the
 // columns (c_, stored transposed), each after a Walsh-Hadamard transform of its own if it has one (lib/side.wgsl).
-// Layout:   x[rows, cols] of quads · a side: codes[lines, line_units units] · scales[lines, blocks bytes] · state, see
+// Layout:   x[matrices · rows, cols] of quads, each matrix packed for itself · a side: codes[lines, line_units units] · scales[lines, blocks bytes] · state, see
 //           quantize.wgsl · clip[1], f32 bits · skip[ceil(cols/32)], a bit a column · counters[8]
 // Numerics: exact. Integer-only but for the transform, which adds f32 in a fixed order, without subnormals and overflow.
-// Dispatch: ceil(rows / TILE_ROWS) · ceil(cols / TILE_COLS) workgroups, spread over x and y; scales zeroed before
+// Dispatch: matrices · ceil(rows / TILE_ROWS) · ceil(cols / TILE_COLS) workgroups, spread over x and y; scales zeroed before
 // Twin:     src/kernels/quantize_both.rs
 
 struct Side {
@@ -16,15 +16,18 @@ struct Side {
 }
 
 struct Params {
-    rows: u32,              // of x
-    cols: u32,              // of x
-    groups: u32,            // random groups of a row, ceil(cols / 8)
+    rows: u32,              // of a matrix
+    cols: u32,
+    matrices: u32,          // of x, one under the other
     one: u32,               // 1
     sides: array<Side, 2>,  // rows, columns
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> x: array<BitsQuad>;
+
+// Random groups of a row.
+fn row_groups() -> u32 { return (p.cols + 7u) / 8u; }
 
 const PITCH = TILE_COLS + 1u;
 const TILE_QUADS = TILE_COLS / 4u;          // of a row
@@ -50,22 +53,26 @@ fn guarded(bits: vec4<u32>, col: u32) -> vec4<u32> {
 @compute @workgroup_size(WG)
 fn main(in: Invocation) {
     let lane = invocation_lane(in);
-    let tiles = (p.cols + TILE_COLS - 1u) / TILE_COLS;
+    let across = (p.cols + TILE_COLS - 1u) / TILE_COLS;
+    let down = (p.rows + TILE_ROWS - 1u) / TILE_ROWS;
     let tile = in.wg.y * in.wgs.x + in.wg.x;
-    let row0 = tile / tiles * TILE_ROWS;
-    let col0 = tile % tiles * TILE_COLS;
+    let matrix = tile / (across * down);
+    let row0 = tile / across % down * TILE_ROWS;
+    let col0 = tile % across * TILE_COLS;
+    let there = matrix < p.matrices;
+    let first = matrix * p.rows;
     // All loads before the first use.
     var quads = array<vec4<u32>, 4>();
     for (var i = 0u; i < 4u; i++) { // unroll
         let at = i * WG + lane;
         let row = row0 + at / TILE_QUADS;
         let col = col0 + at % TILE_QUADS * 4u;
-        if (row < p.rows && col < p.cols) { quads[i] = bits_get(x[(row * p.cols + col) / 4u]); }
+        if (there && row < p.rows && col < p.cols) { quads[i] = bits_get(x[((first + row) * p.cols + col) / 4u]); }
     }
     // Drawn while the loads are on their way.
     counters_clear(lane);
-    r_prepare(row0, col0, lane);
-    c_prepare(row0, col0, lane);
+    r_prepare(first + row0, col0, lane);
+    c_prepare(first + row0, col0, lane);
     for (var i = 0u; i < 4u; i++) { // unroll
         let at = i * WG + lane;
         let in_col = at % TILE_QUADS * 4u;
@@ -77,7 +84,7 @@ fn main(in: Invocation) {
         wg_tile[to + 3u] = v.w;
     }
     workgroupBarrier();
-    r_run(tile, row0, col0, lane);
-    c_run(tile, row0, col0, lane);
+    r_run(matrix, row0, col0, lane);
+    c_run(matrix, row0, col0, lane);
     counters_flush(lane);
 }

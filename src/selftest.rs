@@ -61,6 +61,7 @@ fn both() -> Vec<Both> {
         scale_rule: Some(ScaleRule::Rceil),
         rounding: Rounding::Stochastic { seed: 0x5eed, stream },
         hadamard: (size > 0).then_some(Hadamard { size, signs: Signs::Random { seed: 0x5eed } }),
+        three_quarters: false,
     };
     vec![
         Both { rows: side(MXFP4, 0, 5), columns: side(MXFP4, 32, 6), dtype: DType::F32 },

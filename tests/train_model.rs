@@ -11,15 +11,15 @@ use common::engines::{self, Form, PLAIN, Test};
 use common::product::{self, Interval, Lines};
 use common::{gaussian, narrowed, reference, to_f32, words};
 use libtest_mimic::{Failed, Trial};
-use microscaling::kernels::GradientNorm;
 use microscaling::kernels::adamw::StepScalars;
+use microscaling::kernels::{GradientNorm, Groups};
 use microscaling::rng::{ROUNDS, threefry4x32};
 use microscaling::train::checkpoint::Checkpoint;
 use microscaling::train::linear::{Draws, LinearDesc, MxLinear, Scratch, Step};
 use microscaling::train::model::{Experts, Model, ModelDesc, Param, Pass};
 use microscaling::train::recipe::{
-    Cast, Dense, Form as Format, Linear, LossScale, MomentType, PRESETS, Recipe, Reset, Round,
-    Scale, Signs,
+    Cast, Dense, Form as Format, Layer, Linear, LossScale, MomentType, PRESETS, Recipe, Reset,
+    Round, Scale, Signs,
 };
 use microscaling::train::trainer::{RunDesc, Trainer};
 use microscaling::{
@@ -35,6 +35,7 @@ const SUITE: &[(&str, Test)] = &[
     ("coarser_recipes_are_near_f32", coarser),
     ("linear_layers_of_the_presets", presets),
     ("linear_layers_of_other_recipes", combinations),
+    ("linear_layers_of_experts", experts_linear),
     ("a_loss_scale_changes_no_bit", loss_scale),
     ("weights_packed_behind_the_update_are_the_same", packed_behind),
     ("every_preset_learns", learns),
@@ -125,7 +126,11 @@ fn set_weights(ctx: &Context, model: &mut Model) -> Result<Values, Failed> {
             _ => (0.0, 1.0 / (cols as f32).sqrt()),
         };
         let normal = gaussian(seed, rows * cols);
-        let new: Vec<f32> = normal.iter().map(|v| mean + deviation * v).collect();
+        let mut new: Vec<f32> = normal.iter().map(|v| mean + deviation * v).collect();
+        if p.name.contains(".experts.") {
+            // Exact in INT8, in any block.
+            new.iter_mut().for_each(|v| *v = (*v * 128.0).round().clamp(-127.0, 127.0) / 128.0);
+        }
         p.value = ctx.upload(F32, rows, cols, bytemuck::cast_slice(&new))?;
         values.insert(p.name.clone(), widened(&new));
     }
@@ -437,8 +442,17 @@ fn experts() -> ModelDesc {
 
 fn gradients(ctx: &Context, _: usize) -> Result<(), Failed> {
     let dense = |layers, mtp, batch| ModelDesc { batch, ..small(layers, mtp) };
-    for desc in [dense(2, 0, 1), dense(1, 2, 2), experts()] {
-        let mut model = Model::new(ctx, &desc, &recipe("f32"), 1)?;
+    // Weights of experts that are packed, both ways, and have lost nothing.
+    let mut packed = recipe("f32");
+    let mut linear = packed.linear.clone();
+    linear.forward.w = Cast::plain("mxint8");
+    linear.dgrad.w = Cast::plain("mxint8").blocked("1x16");
+    packed.layers.push(Layer { name: "*.experts.*".into(), linear });
+    let f32s = recipe("f32");
+    for (desc, recipe) in
+        [(dense(2, 0, 1), &f32s), (dense(1, 2, 2), &f32s), (experts(), &f32s), (experts(), &packed)]
+    {
+        let mut model = Model::new(ctx, &desc, recipe, 1)?;
         let mut values = set_weights(ctx, &mut model)?;
         let batch = clear_batch(&desc, &values);
         let got = pass(ctx, &mut model, &batch)?;
@@ -598,15 +612,19 @@ fn operand(
         },
         tensor_scale: None,
     };
-    let q = reference::quantize(&x, rows, cols, &desc);
+    let factor = if cast.scale == Some(Scale::ThreeQuarters) { 0.75 } else { 1.0 };
+    let q = reference::quantize_times(factor, &x, rows, cols, &desc);
     let codes = reference::pack(spec.element.bits(), &q.codes);
     let layout = Layout::new(spec, axis, rows, cols).unwrap();
     Lines::mx(&MxTensor::from_parts(layout, codes, q.scales, q.tensor_scale).unwrap(), false)
 }
 
-/// 4ᵖ / size.
-fn gain(cast: &Cast) -> f32 {
-    cast.hadamard.map_or(1.0, |size| (1 << (2 * size.ilog2().div_ceil(2))) as f32 / size as f32)
+/// 4ᵖ / size, and 4/3 for each operand of three quarters.
+fn gain(a: &Cast, b: &Cast) -> f32 {
+    let size = a.hadamard.unwrap_or(1);
+    let less = [a, b].iter().filter(|cast| cast.scale == Some(Scale::ThreeQuarters)).count();
+    (f64::from(1 << (2 * size.ilog2().div_ceil(2))) / f64::from(size)
+        * [1.0, 4.0 / 3.0, 16.0 / 9.0][less]) as f32
 }
 
 /// The magnitude at a quantile, of bf16 values.
@@ -680,7 +698,7 @@ fn check_linear(
     let [ft, dt, wgt] = layer.tiers();
     let a = operand(&main, xs, x_type, &forward.x, Axis::One, [0, 0]);
     let b = operand(&w, ws, w_type, &forward.w, Axis::One, [0, 9]);
-    let mut want = product::product(ft, &a, &b, gain(&forward.x));
+    let mut want = product::product(ft, &a, &b, gain(&forward.x, &forward.w));
     let mut exact = ft == Tier::Exact;
     if !apart.is_empty() {
         let columns = |x: &[f32], rows: usize, dtype: DType| {
@@ -714,12 +732,12 @@ fn check_linear(
     let clip = |cast: &Cast| clipped(&dy, dy_type, cast.clip);
     let a = operand(&clip(&dgrad.dy), ys, dy_type, &dgrad.dy, Axis::One, [1, 2]);
     let b = operand(&w, ws, w_type, &dgrad.w, Axis::Zero, [1, 9]);
-    let want = product::product(dt, &a, &b, gain(&dgrad.dy));
+    let want = product::product(dt, &a, &b, gain(&dgrad.dy, &dgrad.w));
     compare("dgrad", x_type, dt == Tier::Exact, &dx, &want, K)?;
     let x = clipped(&x, x_type, wgrad.x.clip);
     let a = operand(&clip(&wgrad.dy), ys, dy_type, &wgrad.dy, Axis::Zero, [2, 3]);
     let b = operand(&x, xs, x_type, &wgrad.x, Axis::Zero, [2, 1]);
-    let want = product::product(wgt, &a, &b, gain(&wgrad.dy));
+    let want = product::product(wgt, &a, &b, gain(&wgrad.dy, &wgrad.x));
     compare("wgrad", F32, wgt == Tier::Exact, &dw, &want, K)
 }
 
@@ -755,6 +773,21 @@ fn combinations(ctx: &Context, step: usize) -> Result<(), Failed> {
         let cast = Cast::plain("mxfp8-e4m3").scaled(Scale::Even).hadamard(64, Signs::None);
         linear.forward.x = cast.clone();
         linear.forward.w = Cast { format: "mxfp6-e2m3".into(), ..cast };
+        linear
+    };
+    // As arXiv 2502.20586 has it, but for the weight.
+    let three_quarters = {
+        let mut linear = recipe("mxfp4-backward").linear;
+        let Linear { dgrad, wgrad, .. } = &mut linear;
+        for cast in [&mut dgrad.dy, &mut wgrad.dy, &mut wgrad.x] {
+            cast.scale = Some(Scale::ThreeQuarters);
+        }
+        linear
+    };
+    let three_quarters_of_x = {
+        let mut linear = mxfp4.clone();
+        linear.forward.x = Cast::plain("mxfp8-e4m3").scaled(Scale::ThreeQuarters);
+        linear.wgrad.dy.scale = Some(Scale::ThreeQuarters);
         linear
     };
     let cases: Vec<(&str, Linear, Types)> = vec![
@@ -797,10 +830,100 @@ fn combinations(ctx: &Context, step: usize) -> Result<(), Failed> {
             [BF16, F32, BF16],
         ),
         ("another transform", transformed, [BF16, F32, BF16]),
+        ("three quarters", three_quarters, [BF16, F32, BF16]),
+        ("three quarters of x", three_quarters_of_x, [BF16, F32, F32]),
     ];
     let few = if step > 1 { 1 } else { cases.len() };
     for (what, linear, types) in &cases[..few] {
         check_linear(ctx, what, linear, *types)?;
+    }
+    Ok(())
+}
+
+/// All three products of experts' layers against the oracle, expert by expert; one has no slots, and some slots nobody.
+fn experts_linear(ctx: &Context, step: usize) -> Result<(), Failed> {
+    let (count, rows, offsets) = (3, 128, [0, 64, 64, 96]);
+    let nearest = |name: &str| {
+        let mut linear = recipe(name).linear;
+        linear.forward.w.block = Some("1x16".into());
+        linear
+    };
+    let cases = [
+        // Vector blocks with a transform, and without; beside squares; squares alone.
+        ("mxfp4-backward", recipe("mxfp4-backward").linear),
+        ("naive", recipe("naive").linear),
+        ("mxfp4, forward in vectors", nearest("mxfp4")),
+        ("mxfp8", recipe("mxfp8").linear),
+        ("mxfp4", recipe("mxfp4").linear),
+    ];
+    for (what, linear) in cases.into_iter().step_by(step) {
+        let (x, w) = (grid(BF16, 1, rows * K), grid(F32, 2, count * N * K));
+        let dy = grid(BF16, 3, rows * N);
+        let upload = |dtype, rows, cols, values: &[f32]| {
+            ctx.upload(dtype, rows, cols, &narrowed(dtype, values))
+        };
+        let (xt, wt) = (upload(BF16, rows, K, &x)?, upload(F32, count * N, K, &w)?);
+        let dyt = upload(BF16, rows, N, &dy)?;
+        let desc = LinearDesc {
+            rows,
+            n: N,
+            k: K,
+            x: BF16,
+            w: F32,
+            y: BF16,
+            dy: BF16,
+            dx: BF16,
+            experts: Some(count),
+        };
+        let mut layer = MxLinear::new(ctx, &desc, &linear, LAYER, false, &mut Scratch::default())?;
+        let nan = |dtype, rows, cols| upload(dtype, rows, cols, &vec![f32::NAN; rows * cols]);
+        let (mut y, mut dx) = (nan(BF16, rows, N)?, nan(BF16, rows, K)?);
+        let mut dw = nan(F32, count * N, K)?;
+        let experts: Vec<u32> = (0..count as u32).collect();
+        let groups = Groups::new(ctx, &offsets, &experts, count)?;
+        let of = || Step { groups: Some(&groups), ..plain() };
+        let mut stream = ctx.stream();
+        layer.prepare(&mut stream, &wt, DRAWS, false)?;
+        layer.forward(&mut stream, &xt, &wt, &mut y, of())?;
+        let kept = layer.keeps_x().then_some(&xt);
+        layer.backward(&mut stream, kept, &wt, &dyt, &mut dx, &mut dw, of())?;
+        ctx.submit(stream)?;
+        let [y, dx, dw] =
+            [ctx.read_blocking(&y)?, ctx.read_blocking(&dx)?, ctx.read_blocking(&dw)?];
+
+        let Linear { forward, dgrad, wgrad } = &linear;
+        let [ft, dt, wgt] = layer.tiers();
+        let (xs, ys) = ([rows, K], [rows, N]);
+        let x_rows = operand(&x, xs, BF16, &forward.x, Axis::One, [0, 0]);
+        let dy_rows = operand(&dy, ys, BF16, &dgrad.dy, Axis::One, [1, 2]);
+        let dy_columns = operand(&dy, ys, BF16, &wgrad.dy, Axis::Zero, [2, 3]);
+        let x_columns = operand(&x, xs, BF16, &wgrad.x, Axis::Zero, [2, 1]);
+        for expert in 0..count {
+            let [first, end] = [offsets[expert], offsets[expert + 1]].map(|at| at as usize);
+            let n = end - first;
+            let w = &w[expert * N * K..][..N * K];
+            let check = |part, tier, dtype: DType, bytes: &[u8], want: &[Interval], cols| {
+                let got = &bytes[..want.len() * dtype.size()];
+                product::compare(dtype, tier == Tier::Exact, got, want, cols)
+                    .map_err(|error| format!("{what}, {part} of expert {expert}: {error}"))
+            };
+            let b = operand(w, [N, K], F32, &forward.w, Axis::One, [0, 9]);
+            let want = product::product(
+                ft,
+                &x_rows.part(first, n, 0, K),
+                &b,
+                gain(&forward.x, &forward.w),
+            );
+            check("forward", ft, BF16, &y[first * N * 2..], &want, N)?;
+            let b = operand(w, [N, K], F32, &dgrad.w, Axis::Zero, [1, 9]);
+            let want =
+                product::product(dt, &dy_rows.part(first, n, 0, N), &b, gain(&dgrad.dy, &dgrad.w));
+            check("dgrad", dt, BF16, &dx[first * K * 2..], &want, K)?;
+            let a = dy_columns.part(0, N, first, n);
+            let b = x_columns.part(0, K, first, n);
+            let want = product::product(wgt, &a, &b, gain(&wgrad.dy, &wgrad.x));
+            check("wgrad", wgt, F32, &dw[expert * N * K * 4..], &want, K)?;
+        }
     }
     Ok(())
 }

@@ -21,6 +21,8 @@ fn suite(form: &str) -> Vec<(&'static str, Test)> {
     let mut suite: Vec<(&'static str, Test)> = vec![
         ("without_a_transform_equals_quantize", equals_quantize),
         ("with_transforms_equals_the_reference", equals_the_reference),
+        ("stacks_are_packed_matrix_by_matrix", stacks),
+        ("three_quarters_do_not_clip", three_quarters),
         ("products_of_transformed_operands", products),
         ("counters_count", counters),
         ("clip_and_skip", clip_and_skip),
@@ -137,6 +139,11 @@ fn desc(side: &Side, axis: Axis) -> QuantizeDesc {
     QuantizeDesc { spec, axis, scale_rule, rounding, tensor_scale: None }
 }
 
+/// What the encoder multiplies elements with, after their block has its scale.
+fn factor(side: &Side) -> f64 {
+    if side.three_quarters { 0.75 } else { 1.0 }
+}
+
 /// Compares with the reference's quantization of `values`, which are x after everything but the encoding.
 fn compare(what: &str, got: &MxTensor, nonfinite: u32, values: &[f32], desc: &QuantizeDesc) {
     let layout = got.layout();
@@ -215,6 +222,7 @@ fn side(turn: usize, hadamard: u32) -> Side {
                 _ => Signs::Random { seed: 1 << 40 | turn as u64 },
             },
         }),
+        three_quarters: false,
     }
 }
 
@@ -283,6 +291,151 @@ fn equals_the_reference(ctx: &Context, step: usize) -> Result<(), Failed> {
     let values = transform(&values, [rows, cols], Axis::Zero, side.hadamard);
     let (got, nonfinite) = got.unwrap();
     compare("ragged columns", &got, nonfinite, &values, &desc(&side, Axis::Zero));
+    Ok(())
+}
+
+/// A stack of matrices, packed down the columns of each, against the reference: of the whole where no block reaches into the
+/// next matrix, draws and tensor-wide scale included, and of each for itself, ragged and to nearest.
+fn stacks(ctx: &Context, step: usize) -> Result<(), Failed> {
+    let sizes = [0, 16, 32, 64, 128];
+    for turn in (0..vector_specs().len()).step_by(step) {
+        let matrices = 3;
+        let ragged = turn % 3 == 1;
+        let [rows, cols] = if ragged { [80, 20] } else { [128, 36] };
+        let mut columns = side(turn, if ragged { [0, 16][turn / 3 % 2] } else { sizes[turn % 5] });
+        if ragged {
+            columns.rounding = Rounding::NearestEven;
+        }
+        let along = (turn % 2 == 0).then(|| side(turn + 1, 0));
+        let dtype = [DType::F32, DType::BF16][turn / 2 % 2];
+        let shape = [matrices * rows, cols];
+        let bytes = match turn % 4 {
+            0 => selftest::input(dtype, shape[0], shape[1]),
+            _ => narrowed(dtype, &gaussian(turn as u64, shape[0] * shape[1])),
+        };
+        let values = to_f32(dtype, &bytes);
+        let x = ctx.upload(dtype, shape[0], shape[1], &bytes)?;
+        let one = desc(&columns, Axis::One);
+        let mut out = garbage(ctx, &one, matrices * cols, rows)?;
+        let mut rows_out = match along {
+            Some(along) => Some(garbage(ctx, &desc(&along, Axis::One), shape[0], shape[1])?),
+            None => None,
+        };
+        let mut stream = ctx.stream();
+        let both = QuantizeBoth::new(ctx, along, Some(columns))?.stacked(matrices);
+        let none = Guards::default();
+        both.record(&mut stream, &x, rows_out.as_mut(), Some(&mut out), &none, None)?;
+        ctx.submit(stream)?;
+        let what = format!("{columns:?} {dtype} {matrices} of {rows}x{cols}");
+        if let (Some(along), Some(out)) = (along, rows_out) {
+            let n = ctx.nonfinite_blocks_blocking(&out)?;
+            let desc = desc(&along, Axis::One);
+            compare(&what, &ctx.read_mx_blocking(&out)?, n, &values, &desc);
+        }
+        let (got, nonfinite) = (ctx.read_mx_blocking(&out)?, ctx.nonfinite_blocks_blocking(&out)?);
+        let zero = desc(&columns, Axis::Zero);
+        let values = transform(&values, shape, Axis::Zero, columns.hadamard);
+        let whole = reference::quantize(&values, shape[0], shape[1], &zero);
+        // Lines of the whole have all matrices; those of the output are one matrix's.
+        let (blocks, n) = (got.layout().blocks(), columns.spec.block.len());
+        let (mut scales, mut codes, mut counted) = (Vec::new(), Vec::new(), 0);
+        for matrix in 0..matrices {
+            let values = &values[matrix * rows * cols..][..rows * cols];
+            // Ragged or not, the tensor-wide scale is the whole's.
+            let tensor_scale = (zero.spec.scale == ScaleFormat::E4M3).then_some(whole.tensor_scale);
+            let zero = QuantizeDesc { tensor_scale, ..zero };
+            let alone = reference::quantize(values, rows, cols, &zero);
+            counted += alone.nonfinite;
+            if ragged {
+                scales.extend(alone.scales);
+                codes.extend(alone.codes);
+                continue;
+            }
+            for line in 0..cols {
+                let first = line * matrices * blocks + matrix * blocks;
+                scales.extend(&whole.scales[first..][..blocks]);
+                codes.extend(&whole.codes[first * n..][..blocks * n]);
+            }
+        }
+        assert_bytes(&format!("scales of {what}"), got.scales(), &scales);
+        let codes = reference::pack(columns.spec.element.bits(), &codes);
+        assert_bytes(&format!("codes of {what}"), got.codes(), &codes);
+        assert_eq!(got.tensor_scale().to_bits(), whole.tensor_scale.to_bits(), "{what}");
+        assert_eq!(nonfinite, counted, "non-finite blocks of {what}");
+    }
+    // Not whole matrices; an output of another shape.
+    let x = ctx.zeros(DType::F32, 96, 64)?;
+    let both = QuantizeBoth::new(ctx, None, Some(Side::default()))?;
+    for (matrices, lines) in [(5, 320), (0, 64), (3, 64)] {
+        let mut out = ctx.zeros_mx(MXFP4, Axis::One, lines, 32)?;
+        let both = both.stacked(matrices);
+        let error = both
+            .record(&mut ctx.stream(), &x, None, Some(&mut out), &Guards::default(), None)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("[96, 64]") && error.contains(&format!("{matrices} mat")),
+            "{error}"
+        );
+    }
+    Ok(())
+}
+
+/// Three quarters of the elements under Floor's scale of the whole ones, of all formats, against the reference, corners and
+/// subnormals included; and nothing is counted as clipped, where Floor alone clips.
+fn three_quarters(ctx: &Context, step: usize) -> Result<(), Failed> {
+    let mut clipped = 0;
+    for turn in (0..vector_specs().len()).step_by(step) {
+        let [a, b] = [side(turn, 0), side(turn, [0, 16, 32, 64][turn / 2 % 4])].map(|side| Side {
+            scale_rule: [None, Some(ScaleRule::Floor)][turn % 2],
+            three_quarters: true,
+            ..side
+        });
+        if a.spec.scale != ScaleFormat::E8M0 {
+            continue;
+        }
+        let [rows, cols] = [128, 68];
+        let dtype = [DType::F32, DType::BF16][turn / 3 % 2];
+        let bytes = match turn % 3 {
+            0 => narrowed(dtype, &gaussian(turn as u64, rows * cols)),
+            1 => selftest::input(dtype, rows, cols),
+            // Around the smallest normal number.
+            _ => {
+                let tiny =
+                    gaussian(turn as u64, rows * cols).into_iter().map(|v| v * 2f32.powi(-126));
+                narrowed(dtype, &tiny.collect::<Vec<_>>())
+            }
+        };
+        let values = to_f32(dtype, &bytes);
+        let x = ctx.upload(dtype, rows, cols, &bytes)?;
+        let mut counters = ctx.zeros_ids(COUNTERS)?;
+        let none = Guards::default();
+        let packed = run(ctx, [Some(a), Some(b)], &x, &none, Some(&mut counters))?;
+        for ((side, got), axis) in [a, b].iter().zip(packed).zip([Axis::One, Axis::Zero]) {
+            let (got, nonfinite) = got.unwrap();
+            let values = transform(&values, [rows, cols], axis, side.hadamard);
+            let desc = desc(side, axis);
+            let want = reference::quantize_times(factor(side), &values, rows, cols, &desc);
+            let what = format!("{side:?} axis {axis} {dtype}");
+            assert_bytes(&format!("scales of {what}"), got.scales(), &want.scales);
+            let codes = reference::pack(side.spec.element.bits(), &want.codes);
+            assert_bytes(&format!("codes of {what}"), got.codes(), &codes);
+            assert_eq!(nonfinite, want.nonfinite, "{what}");
+        }
+        let counts = ctx.read_ids_blocking(&counters)?;
+        assert_eq!([counts[0], counts[4]], [0; 2], "{a:?}");
+        let whole = [a, b].map(|side| Some(Side { three_quarters: false, ..side }));
+        run(ctx, whole, &x, &none, Some(&mut counters))?;
+        clipped += ctx.read_ids_blocking(&counters)?[0];
+    }
+    assert!(clipped > 0);
+    let plain = Side { three_quarters: true, ..Default::default() };
+    for wrong in
+        [Side { spec: NVFP4, ..plain }, Side { scale_rule: Some(ScaleRule::Rceil), ..plain }]
+    {
+        let error = QuantizeBoth::new(ctx, Some(wrong), None).unwrap_err().to_string();
+        assert!(error.contains("three quarters"), "{error}");
+    }
     Ok(())
 }
 
@@ -694,24 +847,27 @@ fn mismatches(ctx: &Context, _: usize) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The mean over draws of what a transformed block becomes is the transformed block: within six standard errors of an
-/// element, whose step is at most 2 · scale.
+/// The mean over draws of what a transformed block becomes is the transformed block, or three quarters of it: within six
+/// standard errors of an element, whose step is at most 2 · scale.
 fn unbiased(ctx: &Context, _: usize) -> Result<(), Failed> {
     let [rows, cols] = [32, 64];
     let values = gaussian(9, rows * cols);
     let x = ctx.upload(DType::F32, rows, cols, bytemuck::cast_slice(&values))?;
     let hadamard = Some(Hadamard { size: 32, signs: Signs::Random { seed: 4 } });
     let draws = 400;
-    for axis in [Axis::One, Axis::Zero] {
+    for (axis, three_quarters) in
+        [(Axis::One, false), (Axis::Zero, false), (Axis::One, true), (Axis::Zero, true)]
+    {
         let want = transform(&values, [rows, cols], axis, hadamard);
         let mut sums = vec![0f64; rows * cols];
         let mut scales = Vec::new();
         for stream in 0..draws {
             let rounding = Rounding::Stochastic { seed: 8, stream };
             let side = Side {
-                scale_rule: Some(ScaleRule::Rceil),
+                scale_rule: (!three_quarters).then_some(ScaleRule::Rceil),
                 rounding,
                 hadamard,
+                three_quarters,
                 ..Default::default()
             };
             let sides = if axis == Axis::One { [Some(side), None] } else { [None, Some(side)] };
@@ -726,7 +882,9 @@ fn unbiased(ctx: &Context, _: usize) -> Result<(), Failed> {
         for (i, (sum, want)) in sums.iter().zip(&want).enumerate() {
             let (line, at) = layout.position(i / cols, i % cols);
             let step = 2f64.powi(i32::from(scales[layout.scale_index(line, at)]) - 127) * 2.0;
-            let error = (sum / draws as f64 - f64::from(*want)).abs();
+            // The product's 4/3.
+            let gain = if three_quarters { 4.0 / 3.0 } else { 1.0 };
+            let (step, error) = (step * gain, (sum / draws as f64 * gain - f64::from(*want)).abs());
             assert!(
                 error <= 6.0 * step / 2.0 / (draws as f64).sqrt(),
                 "axis {axis} element {i}: {error}"

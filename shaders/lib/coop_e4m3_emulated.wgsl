@@ -1,31 +1,6 @@
 // What lib/coop_e4m3.wgsl does, without cooperative matrices: the same bytes in the same places, decoded by E4M3's definition.
 // Otherwise as lib/coop_emulated.wgsl.
 
-var<workgroup> memory: array<vec2<u32>, SLICES * max(TILE_UNITS, STRIP_VECTORS)>;
-
-fn tile_put(unit: u32, h: vec4<u32>) { memory[own_slice * TILE_UNITS + unit] = h.xy; }
-fn strip_get(i: u32) -> f32 { return bitcast<f32>(memory[i / 2u][i % 2u]); }
-fn strip_get4(i: u32) -> vec4<f32> { return bitcast<vec4<f32>>(vec4<u32>(memory[i / 2u], memory[i / 2u + 1u])); }
-
-// The slices' sums of this strip, put together.
-fn strip_join(lane: u32) {
-    for (var i = lane; i < STRIP_ROWS * BN; i += WG) {
-        var sum = strip_get(i);
-        for (var s = 1u; s < SLICES; s++) { sum += bitcast<f32>(memory[s * STRIP_VECTORS + i / 2u][i % 2u]); }
-        strip_put(i, bitcast<u32>(sum));
-    }
-}
-
-fn strip_put(i: u32, bits: u32) { memory[i / 2u][i % 2u] = bits; }
-
-const OWN = FRAGMENT * FRAGMENT / 32u;
-
-alias Sums = array<f32, FM * FN * OWN>;
-
-fn sums_zero(sums: ptr<function, Sums>) {
-    for (var f = 0u; f < FM * FN * OWN; f++) { (*sums)[f] = 0.0; }
-}
-
 // A sign, four bits of exponent with bias 7, three of mantissa; S1111111 is NaN.
 fn e4m3_value(byte: u32) -> f32 {
     let exponent = (byte >> 3u) & 15u;
@@ -60,7 +35,7 @@ fn strip_fragments(sums: ptr<function, Sums>, i: u32, subgroup_m: u32, b_row: u3
         for (var e = 0u; e < OWN; e++) {
             let at = own_lane * OWN + e;
             let place = (subgroup_m * FRAGMENT + at / FRAGMENT) * BN + b_row + j * FRAGMENT + at % FRAGMENT;
-            memory[own_slice * STRIP_VECTORS + place / 2u][place % 2u] = bitcast<u32>((*sums)[(i * FN + j) * OWN + e] * E4M3_UNIT);
+            memory[own_slice * STRIP_VECTORS + place / LANES][place % LANES] = bitcast<u32>((*sums)[(i * FN + j) * OWN + e] * E4M3_UNIT);
         }
     }
 }

@@ -1,25 +1,4 @@
-// Cooperative matrices over f16 memory for the operands and f32 memory for the sums: plain WGSL, as naga has it.
-
-var<workgroup> tiles: array<vec4<f16>, 2u * TILE_UNITS>;
-var<workgroup> strip: array<f32, STRIP_ROWS * BN>;
-
-fn tile_put(unit: u32, h: vec4<u32>) {
-    tiles[2u * unit] = vec4<f16>(half2(h.x), half2(h.y));
-    tiles[2u * unit + 1u] = vec4<f16>(half2(h.z), half2(h.w));
-}
-// One slice only.
-fn strip_join(lane: u32) { }
-fn strip_get(i: u32) -> f32 { return strip[i]; }
-fn strip_get4(i: u32) -> vec4<f32> { return vec4<f32>(strip[i], strip[i + 1u], strip[i + 2u], strip[i + 3u]); }
-fn strip_put(i: u32, bits: u32) { strip[i] = bitcast<f32>(bits); }
-
-alias Sums = array<MatC, FM * FN>;
-
-fn sums_zero(sums: ptr<function, Sums>) {
-    for (var f = 0u; f < FM * FN; f++) { // unroll
-        (*sums)[f] = MatC();
-    }
-}
+// Cooperative matrices over the memory of lib/units_f16.wgsl: plain WGSL, as naga has it.
 
 fn factor_put(slot: u32, segment: u32, row: u32, factor: f32) {}
 

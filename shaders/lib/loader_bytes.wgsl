@@ -4,12 +4,6 @@
 
 struct op_Unit { codes: vec4<u32>, next: vec4<u32>, scale: u32, anchor: u32, factor: vec2<f16>, h: vec4<u32> }
 
-fn op_open(units: ptr<function, array<op_Unit, OP_UNITS>>, row0: u32, limit: u32, r0: u32) {
-    for (var u = 0u; u < OP_UNITS; u++) { // unroll
-        (*units)[u].anchor = op_anchor(op_within(row0 + r0 + u * ROW_STEP, limit));
-    }
-}
-
 fn op_sixteen(i: u32, k: u32) -> vec4<u32> {
     if (GROUPED_K && k >= k_end()) { return vec4<u32>(); }
     return op_codes[(op_i0 + i) * (p.op_pitch / 4u) + k / 16u];

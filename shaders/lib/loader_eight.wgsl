@@ -13,12 +13,6 @@ struct op_Unit { raw: vec2<u32>, scale: u32, anchor: u32, h: vec4<u32> }
 const OP_PART = select(32u, 8u, EXACT);
 const OP_STAGE = 40u - OP_PART;
 
-fn op_open(units: ptr<function, array<op_Unit, OP_UNITS>>, row0: u32, limit: u32, r0: u32) {
-    for (var u = 0u; u < OP_UNITS; u++) { // unroll
-        (*units)[u].anchor = op_anchor(op_within(row0 + r0 + u * ROW_STEP, limit));
-    }
-}
-
 fn op_ahead(units: ptr<function, array<op_Unit, OP_UNITS>>, row0: u32, limit: u32, r0: u32, k: u32) {
     for (var u = 0u; u < OP_UNITS; u++) { // unroll
         let i = op_within(row0 + r0 + u * ROW_STEP, limit);

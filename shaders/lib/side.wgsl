@@ -20,7 +20,7 @@ var<workgroup> wg_finite: atomic<u32>;
 
 alias Unit16 = array<vec4<u32>, 4>;
 
-// What comes before the tile's barrier.
+// What comes before the tile's barrier; row0 is x's.
 fn prepare(row0: u32, col0: u32, lane: u32) {
     if (AMAX_ONLY && lane == 0u) { atomicStore(&wg_finite, 0u); }
     if (!DRAWS_TILE) { return; }
@@ -28,7 +28,7 @@ fn prepare(row0: u32, col0: u32, lane: u32) {
         let at = i * WG + lane;
         let row = at / (TILE_COLS / 8u);
         let group = at % (TILE_COLS / 8u);
-        let w = threefry_group(vec2<u32>(), (row0 + row) * p.groups + col0 / 8u + group, p.sides[SIDE].key);
+        let w = threefry_group(vec2<u32>(), (row0 + row) * row_groups() + col0 / 8u + group, p.sides[SIDE].key);
         let to = row * DRAWS_PITCH + group * 4u;
         wg_draws[to] = w.x;
         wg_draws[to + 1u] = w.y;
@@ -110,32 +110,53 @@ fn transformed(line: u32, unit: u32) -> Unit16 {
     return u;
 }
 
+// Three quarters of each, rounded to nearest even; NaN and infinity stay.
+fn three_quarters(v: vec4<u32>) -> vec4<u32> {
+    let magnitude = v & vec4<u32>(0x7fffffffu);
+    let e = max(magnitude >> vec4<u32>(23u), vec4<u32>(1u));
+    // In units of 2^(e - 152): a result of 24 bits loses two of them, and a smaller one is a binade down, unless it is subnormal.
+    let m3 = 3u * (magnitude - ((e - 1u) << vec4<u32>(23u)));
+    let down = select(vec4<u32>(), vec4<u32>(1u), (m3 < vec4<u32>(0x2000000u)) & (e > vec4<u32>(1u)));
+    let shift = 2u - down;
+    let rounded = (m3 + (1u - down) + ((m3 >> shift) & vec4<u32>(1u))) >> shift;
+    let result = (v & vec4<u32>(0x80000000u)) | (((e - 1u - down) << vec4<u32>(23u)) + rounded);
+    return select(result, v, magnitude >= vec4<u32>(F32_INFINITY));
+}
+
 fn finite4(v: vec4<u32>) -> u32 {
     let magnitude = v & vec4<u32>(0x7fffffffu);
     let m = select(vec4<u32>(), magnitude, magnitude < vec4<u32>(F32_INFINITY));
     return max(max(m.x, m.y), max(m.z, m.w));
 }
 
-fn run(tile: u32, row0: u32, col0: u32, lane: u32) {
+// row0 is the matrix's.
+fn run(matrix: u32, row0: u32, col0: u32, lane: u32) {
     let unit = lane % LINE_UNITS;
     let in_line = lane / LINE_UNITS;
-    let u = transformed(in_line, unit);
+    var u = transformed(in_line, unit);
+    if (THREE_QUARTERS) {
+        for (var i = 0u; i < 4u; i++) { // unroll
+            u[i] = three_quarters(u[i]);
+        }
+    }
     if (AMAX_ONLY) {
         atomicMax(&wg_finite, max(max(finite4(u[0]), finite4(u[1])), max(finite4(u[2]), finite4(u[3]))));
         workgroupBarrier();
         if (lane == 0u) { atomicMax(&state[1], atomicLoad(&wg_finite)); }
         return;
     }
-    let line = select(row0, col0, COLUMNS) + in_line;
+    let of_matrix = select(row0, col0, COLUMNS) + in_line;
+    let lines = select(p.rows, p.cols, COLUMNS);
+    let line = matrix * lines + of_matrix;
     let at = select(col0, row0, COLUMNS) + unit * UNIT;
     let len = select(p.cols, p.rows, COLUMNS);
     // Units of the last block's padding are written too.
-    let live = line < select(p.rows, p.cols, COLUMNS) && at / BLOCK * BLOCK < len;
+    let live = matrix < p.matrices && of_matrix < lines && at / BLOCK * BLOCK < len;
 
     let a = array<u32, 8>(u[0].x, u[0].y, u[0].z, u[0].w, u[1].x, u[1].y, u[1].z, u[1].w);
     let b = array<u32, 8>(u[2].x, u[2].y, u[2].z, u[2].w, u[3].x, u[3].y, u[3].z, u[3].w);
     let amax = block_amax(max(amax8(a), amax8(b)), lane);
-    let ts = tile_tensor_scale(0u, tile == 0u && lane == 0u);
+    let ts = tile_tensor_scale(0u, matrix + row0 + col0 + lane == 0u);
     let scale = scale_from_amax(amax, p.sides[SIDE].carry, ts);
     if (live && unit % LANES == 0u) { tile_put_scale(line * p.sides[SIDE].blocks + at / BLOCK, scale); }
     var c = Codes();
@@ -147,7 +168,7 @@ fn run(tile: u32, row0: u32, col0: u32, lane: u32) {
                 ra = drawn(in_line, unit * UNIT);
                 rb = drawn(in_line, unit * UNIT + 8u);
             } else if (STOCHASTIC) {
-                let group = line * p.groups + at / 8u;
+                let group = line * row_groups() + at / 8u;
                 ra = threefry_halves(threefry_group(vec2<u32>(), group, p.sides[SIDE].key));
                 rb = threefry_halves(threefry_group(vec2<u32>(), group + 1u, p.sides[SIDE].key));
             }

@@ -9,7 +9,7 @@ use crate::engine::buffer::{DeviceMxTensor, STATE_WORDS};
 use crate::engine::shader::{Binding, Kernel, Source, shader};
 use crate::formats::{Layout, ScaleFormat};
 
-use super::WORKGROUP;
+use super::{WORKGROUP, act};
 
 /// The largest scale byte of every row of scales, then for square blocks of every column; 255 where one is NaN, and 127 for
 /// other E4M3 scales.
@@ -68,19 +68,12 @@ fn name(scale: ScaleFormat, columns: bool) -> String {
 }
 
 fn kernel(scale: ScaleFormat, columns: bool) -> Kernel {
-    Kernel {
-        name: name(scale, columns),
-        wgsl: Source::new()
-            .constant("WG", WORKGROUP)
-            .flag("SCALE_E4M3", scale == ScaleFormat::E4M3)
-            .flag("COLUMNS", columns)
-            .fragment(shader!("anchors.wgsl"))
-            .build(),
-        bindings: vec![Binding::Params, Binding::Read, Binding::Write],
-        workgroup_size: WORKGROUP,
-        features: wgpu::Features::empty(),
-        spirv: false,
-    }
+    let source = Source::new()
+        .constant("WG", WORKGROUP)
+        .flag("SCALE_E4M3", scale == ScaleFormat::E4M3)
+        .flag("COLUMNS", columns)
+        .fragment(shader!("anchors.wgsl"));
+    act::kernel(name(scale, columns), source, &[Binding::Read, Binding::Write])
 }
 
 /// Every variant of this file's kernels.

@@ -32,7 +32,7 @@ use crate::engine::shader::{BF16_FRAGMENTS, Binding, Kernel, Source, shader};
 use crate::engine::{Context, Engine, Stream};
 use crate::{Error, Result};
 
-use super::{Tier, WORKGROUP};
+use super::{Tier, WORKGROUP, act};
 
 /// What [`Attention`] does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -541,19 +541,12 @@ fn delta_name(dtype: DType) -> String {
 }
 
 fn delta_kernel(dtype: DType) -> Kernel {
-    Kernel {
-        name: delta_name(dtype),
-        wgsl: Source::new()
-            .constant("WG", WORKGROUP)
-            .quads("x", dtype)
-            .quads("g", dtype)
-            .fragment(shader!("attention_delta.wgsl"))
-            .build(),
-        bindings: vec![Binding::Params, Binding::Read, Binding::Read, Binding::Write],
-        workgroup_size: WORKGROUP,
-        features: wgpu::Features::empty(),
-        spirv: false,
-    }
+    let source = Source::new()
+        .constant("WG", WORKGROUP)
+        .quads("x", dtype)
+        .quads("g", dtype)
+        .fragment(shader!("attention_delta.wgsl"));
+    act::kernel(delta_name(dtype), source, &[Binding::Read, Binding::Read, Binding::Write])
 }
 
 /// Every variant of this file's kernels.

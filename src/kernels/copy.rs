@@ -7,7 +7,7 @@ use crate::engine::shader::{Binding, Kernel, Source, shader};
 use crate::engine::{Context, Stream};
 use crate::{Error, Result};
 
-use super::WORKGROUP;
+use super::{WORKGROUP, act};
 
 /// The kernel that copies a dense tensor.
 #[derive(Clone, Debug)]
@@ -76,14 +76,8 @@ fn twin(x: &[u32], out: &mut [u32]) {
 const NAME: &str = "copy";
 
 fn kernel() -> Kernel {
-    Kernel {
-        name: NAME.into(),
-        wgsl: Source::new().constant("WG", WORKGROUP).fragment(shader!("copy.wgsl")).build(),
-        bindings: vec![Binding::Params, Binding::Read, Binding::Write],
-        workgroup_size: WORKGROUP,
-        features: wgpu::Features::empty(),
-        spirv: false,
-    }
+    let source = Source::new().constant("WG", WORKGROUP).fragment(shader!("copy.wgsl"));
+    act::kernel(NAME.into(), source, &[Binding::Read, Binding::Write])
 }
 
 /// Every variant of this file's kernels.

@@ -12,7 +12,7 @@ use crate::engine::{Context, Stream};
 use crate::formats::{Axis, Layout, MxSpec, MxTensor, block};
 use crate::{Error, Result};
 
-use super::{WORKGROUP, all_specs, codec, format_constants, format_name, type_constants};
+use super::{WORKGROUP, act, all_specs, codec, format_constants, format_name, type_constants};
 
 /// What [`Dequantize`] does.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -235,20 +235,8 @@ impl Variant {
                 .flag("TRANSPOSED", axis == Axis::Zero)
                 .fragment(shader!("dequantize_any.wgsl")),
         };
-        Kernel {
-            name: self.name(),
-            wgsl: source.build(),
-            bindings: vec![
-                Binding::Params,
-                Binding::Read,
-                Binding::Read,
-                Binding::Read,
-                Binding::Write,
-            ],
-            workgroup_size: WORKGROUP,
-            features: wgpu::Features::empty(),
-            spirv: false,
-        }
+        let bindings = [Binding::Read, Binding::Read, Binding::Read, Binding::Write];
+        act::kernel(self.name(), source, &bindings)
     }
 }
 

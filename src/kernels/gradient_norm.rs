@@ -20,7 +20,7 @@ use crate::engine::shader::{Binding, Kernel, Source, shader};
 use crate::engine::{Context, Stream};
 use crate::{Error, Result};
 
-use super::WORKGROUP;
+use super::{WORKGROUP, act};
 
 const OPERATION: &str = "GradientNorm::record";
 
@@ -174,19 +174,12 @@ fn total_kernel() -> Kernel {
 }
 
 fn build(name: &str, body: &str) -> Kernel {
-    Kernel {
-        name: name.into(),
-        wgsl: Source::new()
-            .constant("WG", WORKGROUP)
-            .constant("STEPS", STEPS)
-            .fragment(shader!("lib/sum_of_squares.wgsl"))
-            .fragment(body)
-            .build(),
-        bindings: vec![Binding::Params, Binding::Read, Binding::Write],
-        workgroup_size: WORKGROUP,
-        features: wgpu::Features::empty(),
-        spirv: false,
-    }
+    let source = Source::new()
+        .constant("WG", WORKGROUP)
+        .constant("STEPS", STEPS)
+        .fragment(shader!("lib/sum_of_squares.wgsl"))
+        .fragment(body);
+    act::kernel(name.into(), source, &[Binding::Read, Binding::Write])
 }
 
 /// Every variant of this file's kernels.

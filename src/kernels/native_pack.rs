@@ -4,7 +4,7 @@
 //! `shaders/native_scales.wgsl`, `shaders/gate.wgsl`.
 
 use super::matmul::{Operand, Values, operand_constants};
-use super::{WORKGROUP, format_name};
+use super::{WORKGROUP, act, format_name};
 use crate::engine::Stream;
 use crate::engine::buffer::{DeviceMxTensor, STATE_WORDS};
 use crate::engine::shader::{Binding, Kernel, Source, shader};
@@ -215,28 +215,15 @@ fn source(operand: Operand) -> Source {
 }
 
 fn finished(name: String, source: Source, body: &str) -> Kernel {
-    Kernel {
-        name,
-        wgsl: source
-            .line("@group(0) @binding(5) var<storage, read_write> flags: array<atomic<u32>>;")
-            .fragment(shader!("lib/float.wgsl"))
-            .operand('a', shader!("lib/operand.wgsl"))
-            .operand('a', shader!("lib/operand_codes.wgsl"))
-            .fragment("fn k_end() -> u32 { return p.k; }\n")
-            .fragment(body)
-            .build(),
-        bindings: vec![
-            Binding::Params,
-            Binding::Read,
-            Binding::Read,
-            Binding::Read,
-            Binding::Write,
-            Binding::Write,
-        ],
-        workgroup_size: WORKGROUP,
-        features: wgpu::Features::empty(),
-        spirv: false,
-    }
+    let source = source
+        .line("@group(0) @binding(5) var<storage, read_write> flags: array<atomic<u32>>;")
+        .fragment(shader!("lib/float.wgsl"))
+        .operand('a', shader!("lib/operand.wgsl"))
+        .operand('a', shader!("lib/operand_codes.wgsl"))
+        .fragment("fn k_end() -> u32 { return p.k; }\n")
+        .fragment(body);
+    let bindings = [Binding::Read, Binding::Read, Binding::Read, Binding::Write, Binding::Write];
+    act::kernel(name, source, &bindings)
 }
 
 fn codes_kernel(operand: Operand, e4m3: bool) -> Kernel {

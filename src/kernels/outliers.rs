@@ -17,7 +17,7 @@ use crate::engine::shader::{Binding, Kernel, Source, shader};
 use crate::engine::{Context, Stream};
 use crate::{Error, Result};
 
-use super::WORKGROUP;
+use super::{WORKGROUP, act};
 
 const DTYPES: [DType; 2] = [DType::F32, DType::BF16];
 
@@ -315,17 +315,6 @@ fn bits(source: Source, dtype: DType) -> Source {
     })
 }
 
-fn kernel(name: String, source: Source, bindings: &[Binding]) -> Kernel {
-    Kernel {
-        name,
-        wgsl: source.build(),
-        bindings: bindings.to_vec(),
-        workgroup_size: WORKGROUP,
-        features: wgpu::Features::empty(),
-        spirv: false,
-    }
-}
-
 fn source() -> Source {
     Source::new().constant("WG", WORKGROUP)
 }
@@ -344,7 +333,7 @@ fn magnitudes_name(dtype: DType, round: usize) -> String {
 fn magnitudes_kernel(dtype: DType, round: usize) -> Kernel {
     let source = bits(round_constants(round).constant("STEPS", MAGNITUDE_STEPS), dtype)
         .fragment(shader!("magnitudes.wgsl"));
-    kernel(magnitudes_name(dtype, round), source, &[Binding::Params, Binding::Read, Binding::Write])
+    act::kernel(magnitudes_name(dtype, round), source, &[Binding::Read, Binding::Write])
 }
 
 fn select_name(dtype: DType, round: usize) -> String {
@@ -357,7 +346,7 @@ fn select_kernel(dtype: DType, round: usize) -> Kernel {
         .constant("LOW", low)
         .constant("LARGEST", largest)
         .fragment(shader!("select_magnitude.wgsl"));
-    kernel(select_name(dtype, round), source, &[Binding::Params, Binding::Write, Binding::Write])
+    act::kernel(select_name(dtype, round), source, &[Binding::Write, Binding::Write])
 }
 
 fn amax_name(dtype: DType) -> String {
@@ -367,14 +356,14 @@ fn amax_name(dtype: DType) -> String {
 fn amax_kernel(dtype: DType) -> Kernel {
     let source =
         bits(source().constant("ROWS", AMAX_ROWS), dtype).fragment(shader!("column_amax.wgsl"));
-    kernel(amax_name(dtype), source, &[Binding::Params, Binding::Read, Binding::Write])
+    act::kernel(amax_name(dtype), source, &[Binding::Read, Binding::Write])
 }
 
 fn largest_kernel() -> Kernel {
-    kernel(
+    act::kernel(
         LARGEST.into(),
         source().fragment(shader!("largest_columns.wgsl")),
-        &[Binding::Params, Binding::Read, Binding::Write, Binding::Write],
+        &[Binding::Read, Binding::Write, Binding::Write],
     )
 }
 
@@ -386,8 +375,8 @@ fn gather_kernel(dtype: DType) -> Kernel {
     let source = source()
         .constant("PER_WORD", (4 / dtype.size()) as u32)
         .fragment(shader!("gather_columns.wgsl"));
-    let bindings = [Binding::Params, Binding::Read, Binding::Read, Binding::Write];
-    kernel(gather_name(dtype), source, &bindings)
+    let bindings = [Binding::Read, Binding::Read, Binding::Write];
+    act::kernel(gather_name(dtype), source, &bindings)
 }
 
 /// Every variant of this file's kernels.

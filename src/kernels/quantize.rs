@@ -20,7 +20,7 @@ use crate::rng::{self, RoundingBits};
 use crate::{Error, Result};
 
 use super::{
-    NVIDIA, UNIT, WORKGROUP, all_specs, anchors, codec, format_constants, format_name,
+    NVIDIA, UNIT, WORKGROUP, act, all_specs, anchors, codec, format_constants, format_name,
     type_constants,
 };
 
@@ -315,7 +315,8 @@ impl MxTensor {
         let mut scales = vec![0; layout.scales_len()];
         let x = bytemuck::cast_slice(x);
         let draws = Draws::new(desc.rounding, cols);
-        let state = twin(desc, DType::F32, x, &layout, draws, &mut codes, &mut scales);
+        let carry = desc.carry();
+        let state = twin(desc, carry, DType::F32, x, &layout, draws, &mut codes, &mut scales);
         MxTensor::from_parts(layout, codes, scales, f32::from_bits(state[2]))
     }
 }
@@ -325,13 +326,16 @@ impl MxTensor {
 /// Packs elements, row-major, into `out` on the CPU engine; its anchors too.
 pub(super) fn pack_on_cpu(desc: &QuantizeDesc, dtype: DType, x: &[u32], out: &mut DeviceMxTensor) {
     let layout = out.layout;
-    pack(desc, dtype, x, &layout, Draws::new(desc.rounding, layout.cols), out);
+    let draws = Draws::new(desc.rounding, layout.cols);
+    pack(desc, desc.carry(), dtype, x, &layout, draws, out);
 }
 
 /// Packs vector blocks whose lines are laid out one behind the other, padded to whole blocks with zeros: those of rows as
-/// they are, those of columns transposed, then with the draws of their elements in the same order.
+/// they are, those of columns transposed, then with the draws of their elements in the same order. `carry` instead of what
+/// the descriptor's rule has: see [`QuantizeDesc::carry`].
 pub(super) fn pack_lines(
     desc: &QuantizeDesc,
+    carry: u32,
     lines: &[f32],
     draws: Option<&[u16]>,
     out: &mut DeviceMxTensor,
@@ -340,11 +344,12 @@ pub(super) fn pack_lines(
     let cols = real.blocks() * real.spec.block.len();
     let layout = Layout { axis: Axis::One, rows: real.lines(), cols, ..real };
     let draws = draws.map_or_else(|| Draws::new(desc.rounding, real.cols), Draws::Given);
-    pack(desc, DType::F32, bytemuck::cast_slice(lines), &layout, draws, out);
+    pack(desc, carry, DType::F32, bytemuck::cast_slice(lines), &layout, draws, out);
 }
 
 fn pack(
     desc: &QuantizeDesc,
+    carry: u32,
     dtype: DType,
     x: &[u32],
     layout: &Layout,
@@ -355,7 +360,7 @@ fn pack(
     let scales_len = out.scales.bytes();
     let codes = &mut bytemuck::cast_slice_mut(out.codes.cpu_mut())[..codes_len];
     let scales = &mut bytemuck::cast_slice_mut(out.scales.cpu_mut())[..scales_len];
-    let state = twin(desc, dtype, x, layout, draws, codes, scales);
+    let state = twin(desc, carry, dtype, x, layout, draws, codes, scales);
     let anchors = anchors::anchors(&out.layout, scales);
     out.state.cpu_mut()[..3].copy_from_slice(&state);
     out.state.cpu_mut()[STATE_WORDS..].copy_from_slice(&anchors);
@@ -380,8 +385,10 @@ impl Draws<'_> {
 
 /// Quantizes `x` (packed in words) on the CPU, on all cores. Returns the state: blocks with NaN or infinity, NVFP4's
 /// amax and tensor-wide scale.
+#[allow(clippy::too_many_arguments)]
 fn twin(
     desc: &QuantizeDesc,
+    carry: u32,
     dtype: DType,
     x: &[u32],
     layout: &Layout,
@@ -398,7 +405,7 @@ fn twin(
             scale::nvfp4_tensor_scale(amax)
         }
     };
-    let job = Job { desc, dtype, x, layout, carry: desc.carry(), tensor_scale, draws };
+    let job = Job { desc, dtype, x, layout, carry, tensor_scale, draws };
     let block_bytes = layout.block_bytes();
     let blocks = layout.blocks();
     // Blocks of vectors along a row lie one behind the other in the output: any number of them is a piece of work. Down
@@ -733,17 +740,10 @@ fn amax_name(dtype: DType) -> String {
 
 fn amax_kernel(dtype: DType) -> Kernel {
     let source = Source::new().constant("WG", WORKGROUP).constant("STEPS", AMAX_STEPS);
-    Kernel {
-        name: amax_name(dtype),
-        wgsl: type_constants(source, "X_TYPE", dtype)
-            .fragment(shader!("lib/float.wgsl"))
-            .fragment(shader!("amax.wgsl"))
-            .build(),
-        bindings: vec![Binding::Params, Binding::Read, Binding::Write],
-        workgroup_size: WORKGROUP,
-        features: wgpu::Features::empty(),
-        spirv: false,
-    }
+    let source = type_constants(source, "X_TYPE", dtype)
+        .fragment(shader!("lib/float.wgsl"))
+        .fragment(shader!("amax.wgsl"));
+    act::kernel(amax_name(dtype), source, &[Binding::Read, Binding::Write])
 }
 
 /// Every variant of this file's kernels.

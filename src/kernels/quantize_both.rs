@@ -2,7 +2,8 @@
 //! the input, each side with a format, rounding and Walsh–Hadamard transform of its own.
 //!
 //! Shapes: `x` `[T, C]`, F32 or BF16, C a multiple of 4. The row side is packed with blocks along C ([`Axis::One`]), the
-//! column side with blocks along T, stored transposed ([`Axis::Zero`]). Either may be absent.
+//! column side with blocks along T, stored transposed ([`Axis::Zero`]). Either may be absent. A stack of matrices, one under
+//! the other, may have the columns of each packed for themselves: [`QuantizeBoth::stacked`].
 //!
 //! **Exact**: the same bytes on every engine, for every input, and without a transform those of [`Quantize`], random bits
 //! included. What a transform adds: its additions are f32's, correctly rounded, in one order (strides from the largest to
@@ -105,12 +106,16 @@ pub struct Side {
     pub rounding: Rounding,
     /// The transform before the quantizer. Its size divides the blocked axis' length.
     pub hadamard: Option<Hadamard>,
+    /// Pack three quarters of the elements, each rounded to f32, under the scale that Floor gives for the whole ones: then
+    /// nothing clips, in any format under E8M0 scales (arXiv 2502.20586). `scale_rule` is Floor or `None`. A product is to be
+    /// multiplied with 4/3 for each operand of that kind.
+    pub three_quarters: bool,
 }
 
 impl Default for Side {
     fn default() -> Self {
         let QuantizeDesc { spec, scale_rule, rounding, .. } = QuantizeDesc::default();
-        Side { spec, scale_rule, rounding, hadamard: None }
+        Side { spec, scale_rule, rounding, hadamard: None, three_quarters: false }
     }
 }
 
@@ -120,8 +125,20 @@ impl Side {
         QuantizeDesc { spec, axis, scale_rule, rounding, tensor_scale: None }
     }
 
+    /// See [`QuantizeDesc::carry`]. Of three quarters of an amax the fraction is at least ½ where it is a binade below the amax.
+    fn carry(&self, axis: Axis) -> u32 {
+        if self.three_quarters { 1 << 22 } else { self.desc(axis).carry() }
+    }
+
     fn validate(&self, axis: Axis) -> Result<()> {
         self.desc(axis).validate()?;
+        let floor = matches!(self.scale_rule, None | Some(ScaleRule::Floor));
+        if self.three_quarters && !(floor && self.spec.scale == ScaleFormat::E8M0) {
+            return Err(Error::InvalidSpec(format!(
+                "three quarters of {} under the rule {:?}: they go with Floor, under E8M0 scales",
+                self.spec, self.scale_rule
+            )));
+        }
         if !matches!(self.spec.block, Block::Vector(_)) {
             return Err(Error::InvalidSpec(format!(
                 "{} as a side of QuantizeBoth: it takes vector blocks; Quantize packs squares",
@@ -158,6 +175,8 @@ pub struct Guards<'a> {
 pub struct QuantizeBoth {
     rows: Option<Side>,
     columns: Option<Side>,
+    /// If x is a stack: of how many matrices.
+    stack: Option<usize>,
 }
 
 const AXES: [Axis; 2] = [Axis::One, Axis::Zero];
@@ -188,7 +207,21 @@ impl QuantizeBoth {
         if rows.is_none() && columns.is_none() {
             return mismatch("neither rows nor columns".into());
         }
-        Ok(QuantizeBoth { rows, columns })
+        Ok(QuantizeBoth { rows, columns, stack: None })
+    }
+
+    /// The same for `x` `[matrices · T, C]`, a stack of matrices: the column side packs the columns of each and stores the
+    /// transposes one under the other, as a product takes them. So its output is `[matrices · C, T]` along axis one.
+    pub fn stacked(self, matrices: usize) -> QuantizeBoth {
+        QuantizeBoth { stack: Some(matrices), ..self }
+    }
+
+    /// The output of side `number` for an `x` of this shape: its axis, rows and columns.
+    fn output(&self, number: usize, [rows, cols]: [usize; 2]) -> (Axis, [usize; 2]) {
+        match self.stack {
+            Some(matrices) if number == 1 => (Axis::One, [matrices * cols, rows / matrices.max(1)]),
+            _ => (AXES[number], [rows, cols]),
+        }
     }
 
     /// Records the quantization of `x` `[T, C]` into the outputs of the sides that there are, which have the same logical
@@ -207,7 +240,9 @@ impl QuantizeBoth {
             [(self.rows, rows), (self.columns, columns)].into_iter().enumerate()
         {
             match (side, out) {
-                (Some(side), Some(out)) => jobs.push(Job { number, side, out }),
+                (Some(side), Some(out)) => {
+                    jobs.push(Job { number, side, out, matrices: self.stack.unwrap_or(1) });
+                }
                 (None, None) => {}
                 (side, _) => {
                     let what = ["row", "column"][number];
@@ -246,20 +281,25 @@ impl QuantizeBoth {
         counters: Option<&Ids>,
     ) -> Result<()> {
         x.expect(OPERATION, "x", x.shape(), &[DType::F32, DType::BF16])?;
+        if let Some(matrices) = self.stack.filter(|n| *n == 0 || !x.rows.is_multiple_of(*n)) {
+            return mismatch(format!("x is {:?}: a stack of {matrices} matrices", x.shape()));
+        }
         if !x.cols.is_multiple_of(4) {
             return mismatch(format!("x is {:?}: columns come in fours", x.shape()));
         }
-        for Job { number, side, out } in jobs {
+        for Job { number, side, out, .. } in jobs {
             let layout = out.layout;
-            if (layout.spec, layout.axis) != (side.spec, AXES[*number]) {
+            let (axis, shape) = self.output(*number, x.shape());
+            if (layout.spec, layout.axis) != (side.spec, axis) {
                 return mismatch(format!(
-                    "the side makes {} along axis {}, the output is {} along axis {}",
-                    side.spec, AXES[*number], layout.spec, layout.axis
+                    "the side makes {} along axis {axis}, the output is {} along axis {}",
+                    side.spec, layout.spec, layout.axis
                 ));
             }
-            if x.shape() != [layout.rows, layout.cols] {
+            if shape != [layout.rows, layout.cols] {
+                let stack = self.stack.map_or(String::new(), |n| format!(" in {n} matrices"));
                 return mismatch(format!(
-                    "x is {:?}, the output [{}, {}]",
+                    "x is {:?}{stack}, the output [{}, {}]",
                     x.shape(),
                     layout.rows,
                     layout.cols
@@ -296,6 +336,8 @@ struct Job<'a> {
     number: usize,
     side: Side,
     out: &'a mut DeviceMxTensor,
+    /// Of x.
+    matrices: usize,
 }
 
 fn record_gpu(
@@ -351,14 +393,17 @@ fn dispatch(
         count: counters.is_some(),
         amax_only,
     };
-    let mut params = vec![x.rows as u32, x.cols as u32, x.cols.div_ceil(8) as u32, 1];
+    let matrices = jobs[0].matrices;
+    let rows = x.rows / matrices;
+    let mut params = vec![rows as u32, x.cols as u32, matrices as u32, 1];
     params.resize(PARAMS, 0);
     let mut buffers = vec![x.binding()?];
     let mut lanes = 1;
-    for Job { number, side, out } in jobs {
+    for Job { number, side, out, .. } in jobs {
         let stochastic = side.rounding != Rounding::NearestEven && !amax_only;
         let hadamard = side.size();
-        variant.sides[*number] = Some(SideVariant { spec: side.spec, hadamard, stochastic });
+        let Side { spec, three_quarters, .. } = *side;
+        variant.sides[*number] = Some(SideVariant { spec, hadamard, stochastic, three_quarters });
         variant.mad |= stochastic && gpu.caps.vendor == NVIDIA;
         lanes = lanes.max(side.spec.block.len() as u32 / UNIT);
         let layout = out.layout;
@@ -367,7 +412,7 @@ fn dispatch(
         words[4..8].copy_from_slice(&rng::key(side.rounding));
         words[8] = (layout.blocks() * layout.spec.block.len()) as u32 / UNIT;
         words[9] = layout.blocks() as u32;
-        words[10] = side.desc(layout.axis).carry();
+        words[10] = side.carry(layout.axis);
         buffers.extend(out.bindings()?);
     }
     variant.subgroup = lanes > 1 && !amax_only && gpu.has_subgroups(lanes);
@@ -381,8 +426,9 @@ fn dispatch(
         buffers.push(counters.binding()?);
     }
     let [tile_rows, tile_cols] = variant.tile();
-    let tiles = x.rows.div_ceil(tile_rows as usize) * x.cols.div_ceil(tile_cols as usize);
-    stream.dispatch(&variant.name(), || variant.kernel(), &params, &buffers, tiles as u64)
+    let tiles = rows.div_ceil(tile_rows as usize) * x.cols.div_ceil(tile_cols as usize);
+    let groups = (matrices * tiles) as u64;
+    stream.dispatch(&variant.name(), || variant.kernel(), &params, &buffers, groups)
 }
 
 // ---- The twin ------------------------------------------------------------------------------------------------------
@@ -430,15 +476,21 @@ impl Job<'_> {
     /// [`Quantize`]: super::Quantize
     fn twin(&mut self, x: &Tensor, values: &[f32], guards: &Guards<'_>, count: bool) -> [u32; 4] {
         let layout = self.out.layout;
-        let guarded = Guarded {
-            x: values,
+        let columns = self.number == 1;
+        // Lines of columns are those of one matrix after the other.
+        let matrices = if columns { self.matrices } else { 1 };
+        let rows = x.rows / matrices;
+        let guarded = |matrix| Guarded {
+            x: &values[matrix * rows * x.cols..],
             cols: x.cols,
             clip: guards.clip.map_or(INFINITY, |clip| clip.data.cpu()[0] & 0x7fff_ffff),
             skip: guards.skip.map_or(&[], |skip| skip.data.cpu()),
         };
         let padded = layout.blocks() * layout.spec.block.len();
-        let as_it_is = layout.axis == Axis::One
+        let of_matrix = layout.lines() / matrices * padded;
+        let as_it_is = !columns
             && self.side.hadamard.is_none()
+            && !self.side.three_quarters
             && guards.clip.is_none()
             && guards.skip.is_none()
             && padded == x.cols;
@@ -446,36 +498,45 @@ impl Job<'_> {
             true => values.into(),
             false => {
                 let mut lines = vec![0f32; layout.lines() * padded];
-                parallel(&mut lines, ABREAST * padded, |chunk, lines| {
-                    self.lay_out(&guarded, chunk * ABREAST, padded, lines);
-                });
+                for (matrix, lines) in lines.chunks_exact_mut(of_matrix).enumerate() {
+                    let guarded = guarded(matrix);
+                    parallel(lines, ABREAST * padded, |chunk, lines| {
+                        self.lay_out(&guarded, chunk * ABREAST, padded, lines);
+                        if self.side.three_quarters {
+                            lines.iter_mut().for_each(|v| *v *= 0.75);
+                        }
+                    });
+                }
                 lines.into()
             }
         };
         let mut draws = Vec::new();
-        if let (Axis::Zero, Some(bits)) =
-            (layout.axis, RoundingBits::new(self.side.rounding, x.cols))
-        {
+        if let (true, Some(bits)) = (columns, RoundingBits::new(self.side.rounding, x.cols)) {
             draws = vec![0u16; lines.len()];
-            parallel(&mut draws, ABREAST * padded, |chunk, lines| {
-                let mut tile = [[0; ABREAST]; ABREAST];
-                for start in (0..x.rows).step_by(ABREAST) {
-                    let tile = &mut tile[..ABREAST.min(x.rows - start)];
-                    for (t, rows) in (start..).step_by(4).zip(tile.chunks_mut(4)) {
-                        for g in 0..ABREAST / 8 {
-                            let group = chunk * ABREAST / 8 + g;
-                            let of: [_; 4] = std::array::from_fn(|i| (t + i, group));
-                            for (row, halves) in rows.iter_mut().zip(bits.groups(of)) {
-                                row[8 * g..8 * g + 8].copy_from_slice(&halves);
+            for (matrix, lines) in draws.chunks_exact_mut(of_matrix).enumerate() {
+                parallel(lines, ABREAST * padded, |chunk, lines| {
+                    let mut tile = [[0; ABREAST]; ABREAST];
+                    for start in (0..rows).step_by(ABREAST) {
+                        let tile = &mut tile[..ABREAST.min(rows - start)];
+                        for (t, rows_of) in
+                            (matrix * rows + start..).step_by(4).zip(tile.chunks_mut(4))
+                        {
+                            for g in 0..ABREAST / 8 {
+                                let group = chunk * ABREAST / 8 + g;
+                                let of: [_; 4] = std::array::from_fn(|i| (t + i, group));
+                                for (row, halves) in rows_of.iter_mut().zip(bits.groups(of)) {
+                                    row[8 * g..8 * g + 8].copy_from_slice(&halves);
+                                }
                             }
                         }
+                        transpose(tile, lines, padded, start);
                     }
-                    transpose(tile, lines, padded, start);
-                }
-            });
+                });
+            }
         }
         let desc = self.side.desc(layout.axis);
-        pack_lines(&desc, &lines, (!draws.is_empty()).then_some(&draws), self.out);
+        let carry = self.side.carry(layout.axis);
+        pack_lines(&desc, carry, &lines, (!draws.is_empty()).then_some(&draws), self.out);
         if count { self.count(&lines, padded) } else { [0; 4] }
     }
 
@@ -485,7 +546,8 @@ impl Job<'_> {
         let len = layout.line_len();
         let here = lines.len() / padded;
         let hadamard = self.side.hadamard;
-        if layout.axis == Axis::One {
+        let columns = self.number == 1;
+        if !columns {
             for (row, line) in (first..).zip(lines.chunks_exact_mut(padded)) {
                 guarded.copy(row, 0, &mut line[..len]);
             }
@@ -498,7 +560,7 @@ impl Job<'_> {
         let size = hadamard.map_or(ABREAST, |hadamard| hadamard.size as usize);
         for start in (0..len).step_by(size) {
             let tile = &mut tile[..size.min(len - start)];
-            if layout.axis == Axis::Zero {
+            if columns {
                 for (t, row) in (start..).zip(&mut *tile) {
                     guarded.copy(t, first, &mut row[..here]);
                 }
@@ -668,6 +730,7 @@ struct SideVariant {
     /// The transform's size, or 0.
     hadamard: u32,
     stochastic: bool,
+    three_quarters: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -701,6 +764,7 @@ impl Variant {
                     name += &format!("-h{}", side.hadamard);
                 }
                 name += if side.stochastic { "-stochastic" } else { "-nearest" };
+                name += if side.three_quarters { "-3/4" } else { "" };
             }
         }
         for (flag, what) in [
@@ -720,7 +784,7 @@ impl Variant {
 
     /// A side's namespace; `binding` is the number of its codes.
     fn side(&self, number: usize, side: SideVariant, binding: usize) -> Source {
-        let SideVariant { spec, hadamard, stochastic } = side;
+        let SideVariant { spec, hadamard, stochastic, three_quarters } = side;
         let element = spec.element;
         let [_, tile_cols] = self.tile();
         let tile_rows = TILE / tile_cols;
@@ -741,6 +805,7 @@ impl Variant {
             .flag("HADAMARD", hadamard > 0)
             .flag("DRAWS_TILE", draws_tile)
             .flag("AMAX_ONLY", self.amax_only)
+            .flag("THREE_QUARTERS", three_quarters)
             .line(&format!("const FACTOR = {factor:?};"))
             .line(&access(0, "read_write", "codes: array<CodesWord>"))
             .line(&access(1, "read_write", "scales: array<atomic<u32>>"))
@@ -876,7 +941,9 @@ pub fn kernels() -> Vec<Kernel> {
             amax_only,
         });
     };
-    let side = |spec, hadamard, stochastic| Some(SideVariant { spec, hadamard, stochastic });
+    let side = |spec, hadamard, stochastic| {
+        Some(SideVariant { spec, hadamard, stochastic, three_quarters: false })
+    };
     for spec in all_specs().into_iter().filter(|spec| spec.block.lines() == 1) {
         for hadamard in [0, 16, 32, 64, 128] {
             for stochastic in [false, true] {
@@ -893,6 +960,12 @@ pub fn kernels() -> Vec<Kernel> {
         for (_, b) in crate::formats::NAMED {
             add([side(a, 0, false), side(b, 32, true)], false);
             add([side(a, 16, true), side(b, 16, false)], false);
+        }
+        if a.scale == ScaleFormat::E8M0 {
+            let less = |hadamard| {
+                side(a, hadamard, true).map(|side| SideVariant { three_quarters: true, ..side })
+            };
+            add([less(0), less(32)], false);
         }
     }
     variants.iter().map(Variant::kernel).collect()

@@ -18,7 +18,7 @@ use crate::engine::shader::{Binding, Kernel, Source, shader};
 use crate::engine::{Context, Stream};
 use crate::{Error, Result};
 
-use super::WORKGROUP;
+use super::{WORKGROUP, act};
 
 /// Which way to turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,18 +126,9 @@ fn name(dtype: DType) -> String {
 }
 
 fn kernel(dtype: DType) -> Kernel {
-    Kernel {
-        name: name(dtype),
-        wgsl: Source::new()
-            .constant("WG", WORKGROUP)
-            .quads("x", dtype)
-            .fragment(shader!("rope.wgsl"))
-            .build(),
-        bindings: vec![Binding::Params, Binding::Read, Binding::Write],
-        workgroup_size: WORKGROUP,
-        features: wgpu::Features::empty(),
-        spirv: false,
-    }
+    let source =
+        Source::new().constant("WG", WORKGROUP).quads("x", dtype).fragment(shader!("rope.wgsl"));
+    act::kernel(name(dtype), source, &[Binding::Read, Binding::Write])
 }
 
 /// Every variant of this file's kernels.

@@ -250,6 +250,8 @@ pub struct MxLinear {
     dy: Lent,
     dy_columns: Lent,
     w_dgrad: Made,
+    /// Which way that one's blocks run.
+    across: Across,
     forward: Matmul,
     dgrad: Matmul,
     wgrad: Matmul,
@@ -314,23 +316,25 @@ impl MxLinear {
             Some(made) => own(made),
             None => lend(Place::DyColumns, &recipe.wgrad.dy, desc.dy, ys, Axis::Zero)?,
         };
-        // Experts' matrices lie one under the other: only squares can be read across.
-        let across = if experts.is_some() { Axis::One } else { Axis::Zero };
-        if let (Some(_), Form::Mx(spec)) = (experts, recipe.dgrad.w.form()?) {
-            if spec.block.lines() == 1 {
-                return Err(Error::Recipe(format!(
-                    "dgrad.w: experts' weights need square blocks (or a dense type), not {spec}"
-                )));
+        // Experts' matrices lie one under the other. Squares and dense types are read across; vector blocks are another packing,
+        // of each one's transpose.
+        let (across, shape, axis) = match (experts, recipe.dgrad.w.form()?) {
+            (None, _) => (Across::Yes, ws, Axis::Zero),
+            (Some(experts), Form::Mx(spec)) if spec.block.lines() == 1 => {
+                (Across::Each(experts), [experts * k, n], Axis::One)
             }
-        }
-        let same = experts.is_some() && recipe.dgrad.w == recipe.forward.w;
+            (Some(_), _) => (Across::No, ws, Axis::One),
+        };
+        let same = across == Across::No && recipe.dgrad.w == recipe.forward.w;
         let w_dgrad = match Made::shared(&w, same, &recipe.dgrad.w)? {
             Some(made) => made,
-            None => Made::new(ctx, &recipe.dgrad.w, desc.w, ws, across)?,
+            None => Made::new(ctx, &recipe.dgrad.w, desc.w, shape, axis)?,
         };
-        let gain = |cast: &Cast| {
-            let hadamard = cast.hadamard.map(|size| Hadamard { size, signs: Signs::None });
-            hadamard.map_or(1.0, Hadamard::gain)
+        // What transforms, of both operands or none, and three quarters take from a product.
+        let gain = |a: &Cast, b: &Cast| {
+            let hadamard = a.hadamard.map(|size| Hadamard { size, signs: Signs::None });
+            let less = [a, b].map(|cast| if cast.is_three_quarters() { 4.0 / 3.0 } else { 1.0 });
+            (f64::from(hadamard.map_or(1.0, Hadamard::gain)) * less[0] * less[1]) as f32
         };
         let forward = Matmul::new(
             ctx,
@@ -341,7 +345,7 @@ impl MxLinear {
                 a: lock(&x).operand(false),
                 b: w.operand(false),
                 out: desc.y.into(),
-                alpha: gain(&recipe.forward.x),
+                alpha: gain(&recipe.forward.x, &recipe.forward.w),
                 experts,
                 ..Default::default()
             },
@@ -354,11 +358,11 @@ impl MxLinear {
                 k: n,
                 a: lock(&dy).operand(false),
                 b: Operand {
-                    transposed: experts.is_some() || w_dgrad.operand(true).transposed,
+                    transposed: across == Across::No || w_dgrad.operand(true).transposed,
                     ..w_dgrad.operand(true)
                 },
                 out: desc.dx.into(),
-                alpha: gain(&recipe.dgrad.dy),
+                alpha: gain(&recipe.dgrad.dy, &recipe.dgrad.w),
                 experts,
                 ..Default::default()
             },
@@ -372,7 +376,7 @@ impl MxLinear {
                 a: lock(&dy_columns).operand(true),
                 b: x_columns.operand(true),
                 out: DType::F32.into(),
-                alpha: gain(&recipe.wgrad.dy),
+                alpha: gain(&recipe.wgrad.dy, &recipe.wgrad.x),
                 beta: if accumulate { 1.0 } else { 0.0 },
                 experts,
                 group_k: experts.is_some(),
@@ -437,6 +441,7 @@ impl MxLinear {
             dy,
             dy_columns,
             w_dgrad,
+            across,
             forward,
             dgrad,
             wgrad,
@@ -514,13 +519,13 @@ impl MxLinear {
         if !packed || self.packing().is_none() {
             let forward = &self.recipe.forward.w;
             let hadamard = draws.hadamard(forward, layer, FORWARD);
-            weight(stream, w, forward, Axis::One, hadamard, &mut self.w)?;
+            weight(stream, w, forward, Across::No, hadamard, &mut self.w)?;
         }
         let dgrad = &self.recipe.dgrad.w;
-        let across = if self.desc.experts.is_some() { Axis::One } else { Axis::Zero };
-        weight(stream, w, dgrad, across, draws.hadamard(dgrad, layer, DGRAD), &mut self.w_dgrad)?;
+        let hadamard = draws.hadamard(dgrad, layer, DGRAD);
+        weight(stream, w, dgrad, self.across, hadamard, &mut self.w_dgrad)?;
         match &mut self.outliers {
-            Some(o) => weight(stream, w, &Cast::plain("bf16"), Axis::One, None, &mut o.w_dense),
+            Some(o) => weight(stream, w, &Cast::plain("bf16"), Across::No, None, &mut o.w_dense),
             None => Ok(()),
         }
     }
@@ -659,12 +664,23 @@ fn packing(cast: &Cast, to: &DeviceMxTensor, axis: Axis) -> QuantizeDesc {
     QuantizeDesc { spec: to.layout().spec, axis, scale_rule, ..Default::default() }
 }
 
+/// Which way a weight's blocks run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Across {
+    /// Along its rows, or in squares that are stored so.
+    No,
+    /// Down its columns.
+    Yes,
+    /// Down the columns of each of so many experts' matrices.
+    Each(usize),
+}
+
 /// A weight in its format.
 fn weight(
     stream: &mut Stream<'_>,
     w: &Tensor,
     cast: &Cast,
-    axis: Axis,
+    across: Across,
     hadamard: Option<Hadamard>,
     made: &mut Made,
 ) -> Result<()> {
@@ -673,22 +689,23 @@ fn weight(
         Made::AsIs(_) | Made::Shared(_) => Ok(()),
         Made::Cast(tensor) => add::cast(stream, w, tensor),
         Made::Packed(tensor) => {
+            let axis = if let Across::No = across { Axis::One } else { Axis::Zero };
             let desc = packing(cast, tensor, axis);
-            if hadamard.is_none() {
+            if let (None, Across::No | Across::Yes) = (hadamard, across) {
                 return Quantize::new(&ctx, &desc)?.record(stream, w, tensor);
             }
             let QuantizeDesc { spec, scale_rule, rounding, .. } = desc;
-            let side = Some(Side { spec, scale_rule, rounding, hadamard });
-            let (rows, columns) = match axis {
-                Axis::One => (side, None),
-                Axis::Zero => (None, side),
-            };
-            let both = QuantizeBoth::new(&ctx, rows, columns)?;
-            let (to_rows, to_columns) = match axis {
-                Axis::One => (Some(tensor), None),
-                Axis::Zero => (None, Some(tensor)),
-            };
-            both.record(stream, w, to_rows, to_columns, &Guards::default(), None)
+            let side = Side { spec, scale_rule, rounding, hadamard, ..Default::default() };
+            let side = Some(side);
+            if let Across::No = across {
+                let both = QuantizeBoth::new(&ctx, side, None)?;
+                return both.record(stream, w, Some(tensor), None, &Guards::default(), None);
+            }
+            let mut both = QuantizeBoth::new(&ctx, None, side)?;
+            if let Across::Each(experts) = across {
+                both = both.stacked(experts);
+            }
+            both.record(stream, w, None, Some(tensor), &Guards::default(), None)
         }
     }
 }
@@ -718,6 +735,7 @@ fn quantize(
             scale_rule: cast.scale.map(Into::into),
             rounding: draws.rounding(cast, layer, operand),
             hadamard,
+            three_quarters: cast.is_three_quarters(),
         }),
         _ => None,
     };

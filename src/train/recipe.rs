@@ -108,10 +108,7 @@ pub enum Dense {
 impl Dense {
     /// The name in [`Cast::format`].
     pub fn name(self) -> &'static str {
-        match self {
-            Dense::F32 => "f32",
-            Dense::Bf16 => "bf16",
-        }
+        DType::from(self).name()
     }
 }
 
@@ -157,21 +154,24 @@ pub struct Cast {
     pub requantized: bool,
 }
 
-/// The scale rules of [`ScaleRule`].
+/// The scale rules of [`ScaleRule`], and one more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 #[allow(missing_docs)]
 pub enum Scale {
     Floor,
     Ceil,
     Rceil,
     Even,
+    /// Floor, for three quarters of the elements, which then do not clip; the product is multiplied with 4/3, or with 16/9 if
+    /// both of its operands have it (arXiv 2502.20586). Of activations and gradients under E8M0 scales.
+    ThreeQuarters,
 }
 
 impl From<Scale> for ScaleRule {
     fn from(scale: Scale) -> ScaleRule {
         match scale {
-            Scale::Floor => ScaleRule::Floor,
+            Scale::Floor | Scale::ThreeQuarters => ScaleRule::Floor,
             Scale::Ceil => ScaleRule::Ceil,
             Scale::Rceil => ScaleRule::Rceil,
             Scale::Even => ScaleRule::Even,
@@ -371,6 +371,10 @@ impl Cast {
         Cast { hadamard: Some(size), signs: Some(signs), ..self }
     }
 
+    pub(super) fn is_three_quarters(&self) -> bool {
+        self.scale == Some(Scale::ThreeQuarters)
+    }
+
     /// The format.
     pub fn form(&self) -> Result<Form> {
         let spec = match self.format.as_str() {
@@ -424,20 +428,30 @@ impl Cast {
             }
             Form::Mx(spec)
                 if spec.scale == ScaleFormat::E4M3
-                    && matches!(self.scale, Some(Scale::Floor | Scale::Ceil)) =>
+                    && matches!(
+                        self.scale,
+                        Some(Scale::Floor | Scale::Ceil | Scale::ThreeQuarters)
+                    ) =>
             {
                 return wrong("NVFP4's scales are rounded to nearest (even) or up (rceil)".into());
             }
             Form::Mx(spec)
                 if self.rounding == Round::Stochastic
                     && spec.scale == ScaleFormat::E8M0
-                    && !matches!(self.scale, Some(Scale::Rceil | Scale::Ceil)) =>
+                    && !matches!(
+                        self.scale,
+                        Some(Scale::Rceil | Scale::Ceil | Scale::ThreeQuarters)
+                    ) =>
             {
                 return wrong(
-                    "stochastic rounding needs a scale that does not clip: rceil or ceil".into(),
+                    "stochastic rounding needs a scale that does not clip: rceil, ceil or three-quarters"
+                        .into(),
                 );
             }
             _ => {}
+        }
+        if weight && self.is_three_quarters() {
+            return wrong("three-quarters is for activations and gradients".into());
         }
         if weight && self.rounding == Round::Stochastic {
             return wrong("weights are rounded to nearest".into());
@@ -519,6 +533,12 @@ impl Linear {
                     "wgrad.x: requantized takes two MX formats, and no Hadamard transform in forward".into(),
                 ));
             }
+            if forward.is_three_quarters() {
+                return Err(Error::Recipe(
+                    "wgrad.x: requantized takes values, and forward.x has three quarters of them"
+                        .into(),
+                ));
+            }
         }
         for (name, a, b) in
             [("x", &self.forward.x, &self.wgrad.x), ("dy", &self.dgrad.dy, &self.wgrad.dy)]
@@ -560,7 +580,7 @@ impl Recipe {
                     x: mxfp4().scaled(Scale::Even).hadamard(32, Signs::Step),
                 },
             },
-            // Forward in bf16: arXiv 2502.20586, with Rceil in place of Floor · 3/4.
+            // Forward in bf16: arXiv 2502.20586, with Rceil in place of three-quarters.
             "mxfp4-backward" => {
                 let cast = || mxfp4().scaled(Scale::Rceil).hadamard(32, Signs::Step).stochastic();
                 let dense = || Cast::plain("bf16");
@@ -629,7 +649,7 @@ impl Recipe {
         let mut layers = Vec::new();
         if let Form::Mx(spec) = linear.dgrad.w.form()? {
             if spec.block.lines() == 1 {
-                // Experts' weights are read both ways: squares, and no transform of them.
+                // Experts' weights in squares, which are packed once and read both ways, and no transform of them.
                 let mut experts = linear.clone();
                 let Dgrad { dy, w } = &mut experts.dgrad;
                 (dy.hadamard, dy.signs, w.hadamard, w.signs) = (None, None, None, None);
@@ -703,8 +723,7 @@ impl Recipe {
                     "oscillation: every {every} steps from a ratio of {threshold}: at least 2 and 1"
                 )));
             }
-            let linears = self.layers.iter().map(|layer| &layer.linear).chain([&self.linear]);
-            if linears.into_iter().any(|linear| linear.forward.w.hadamard.is_some()) {
+            if self.linears().any(|linear| linear.forward.w.hadamard.is_some()) {
                 return Err(Error::Recipe(
                     "oscillation: codes of transformed weights (forward.w.hadamard) are not theirs"
                         .into(),
@@ -738,6 +757,11 @@ impl Recipe {
             )));
         }
         Ok(())
+    }
+
+    /// What any of its layers do.
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.layers.iter().map(|layer| &layer.linear).chain([&self.linear])
     }
 
     /// What the layer of this name does.
@@ -812,7 +836,15 @@ mod tests {
     fn what_cannot_be_is_an_error() {
         let good = Recipe::preset("mxfp4").unwrap();
         type Broken = (&'static str, fn(&mut Recipe));
-        let broken: [Broken; 16] = [
+        let broken: [Broken; 19] = [
+            ("activations and gradients", |r| r.linear.dgrad.w.scale = Some(Scale::ThreeQuarters)),
+            ("three quarters of them", |r| {
+                r.linear.forward.x.scale = Some(Scale::ThreeQuarters);
+                r.linear.wgrad.x.requantized = true;
+            }),
+            ("NVFP4", |r| {
+                r.linear.forward.x = Cast::plain("nvfp4").scaled(Scale::ThreeQuarters);
+            }),
             ("for wgrad.x only", |r| r.linear.dgrad.dy.requantized = true),
             ("two MX formats", |r| {
                 r.linear = r.linear.dense_forward(Dense::Bf16);

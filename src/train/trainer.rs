@@ -250,8 +250,7 @@ impl Trainer {
         let ModelDesc { seq, vocabulary, .. } = self.desc.model;
         // Transforms along the tokens divide them.
         let recipe = &self.desc.recipe;
-        let linears = recipe.layers.iter().map(|layer| &layer.linear).chain([&recipe.linear]);
-        let sizes = linears.filter_map(|linear| linear.wgrad.x.hadamard);
+        let sizes = recipe.linears().filter_map(|linear| linear.wgrad.x.hadamard);
         let unit = sizes.fold(32, |unit, size| unit.max(size as usize));
         let batch = (1..unit).find(|batch| (batch * seq).is_multiple_of(unit)).unwrap_or(unit);
         let desc = ModelDesc { batch, mtp: 0, ..self.desc.model.clone() };
@@ -353,20 +352,14 @@ impl Trainer {
                 )));
             }
         }
+        self.take_parameters(&mut checkpoint)?;
         let ctx = self.ctx.clone();
         for p in &mut self.model.params {
-            let shape = p.value.shape();
-            let bytes = checkpoint.take(&p.name, dtype(p.value.dtype()), &shape)?;
-            p.value.data.write(&ctx, &bytes)?;
             for tensor in p.state.tensors() {
                 let name = format!("{}.{}", p.name, tensor.name);
                 let bytes = checkpoint.take(&name, state_dtype(tensor.dtype), &tensor.shape)?;
                 p.state.write(&ctx, tensor.name, &bytes)?;
             }
-        }
-        for (name, bias) in self.model.biases_mut() {
-            let bytes = checkpoint.take(&name, Dtype::F32, &bias.shape())?;
-            bias.data.write(&ctx, &bytes)?;
         }
         let names: Vec<String> = self.model.params.iter().map(|p| p.name.clone()).collect();
         for (id, state) in self.model.oscillations_mut() {
@@ -387,19 +380,24 @@ impl Trainer {
 
     /// Begins with the parameters of another run's checkpoint, of the same model in any recipe; its optimizer is not taken.
     pub fn begin_with(&mut self, mut checkpoint: Checkpoint) -> Result<()> {
+        self.take_parameters(&mut checkpoint)?;
         let ctx = self.ctx.clone();
-        for p in &mut self.model.params {
-            let bytes = checkpoint.take(&p.name, dtype(p.value.dtype()), &p.value.shape())?;
-            p.value.data.write(&ctx, &bytes)?;
-        }
-        for (name, bias) in self.model.biases_mut() {
-            let bytes = checkpoint.take(&name, Dtype::F32, &bias.shape())?;
-            bias.data.write(&ctx, &bytes)?;
-        }
         let mut stream = ctx.stream();
         self.prepare(&mut stream, false)?;
         self.oscillate(&mut stream, Action::Start)?;
         ctx.submit(stream)
+    }
+
+    fn take_parameters(&mut self, checkpoint: &mut Checkpoint) -> Result<()> {
+        for p in &mut self.model.params {
+            let bytes = checkpoint.take(&p.name, dtype(p.value.dtype()), &p.value.shape())?;
+            p.value.data.write(&self.ctx, &bytes)?;
+        }
+        for (name, bias) in self.model.biases_mut() {
+            let bytes = checkpoint.take(&name, Dtype::F32, &bias.shape())?;
+            bias.data.write(&self.ctx, &bytes)?;
+        }
+        Ok(())
     }
 
     fn meta(&self) -> Result<[(&'static str, String); 5]> {

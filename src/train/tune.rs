@@ -28,7 +28,7 @@ use crate::{Context, Error, Result};
 
 use super::linear::Draws;
 use super::model::Model;
-use super::recipe::{Cast, Form, Layer, Linear, Recipe};
+use super::recipe::{Cast, Form, Layer, Linear, Recipe, Scale};
 
 /// The factor of [`choose`], if nothing else is asked for.
 pub const LOSS: f64 = 1.1;
@@ -219,9 +219,11 @@ impl Tuner {
                 if !exists {
                     continue;
                 }
+                // Three quarters do not clip either: under another rule that does not, errors are much the same.
+                let rule = if cast.is_three_quarters() { Some(Scale::Rceil) } else { cast.scale };
                 let desc = QuantizeDesc {
                     spec: MxSpec { block, ..spec },
-                    scale_rule: cast.scale.map(Into::into),
+                    scale_rule: rule.map(Into::into),
                     rounding: draws.rounding(cast, at as u32, number),
                     ..Default::default()
                 };

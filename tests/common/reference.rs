@@ -95,6 +95,17 @@ pub struct Quantized {
 }
 
 pub fn quantize(x: &[f32], rows: usize, cols: usize, desc: &QuantizeDesc) -> Quantized {
+    quantize_times(1.0, x, rows, cols, desc)
+}
+
+/// The elements times a factor, rounded to f32, under the scales that follow from them without it.
+pub fn quantize_times(
+    factor: f64,
+    x: &[f32],
+    rows: usize,
+    cols: usize,
+    desc: &QuantizeDesc,
+) -> Quantized {
     let QuantizeDesc { spec, axis, .. } = *desc;
     let element = spec.element;
     let (n, across) = match spec.block {
@@ -166,7 +177,7 @@ pub fn quantize(x: &[f32], rows: usize, cols: usize, desc: &QuantizeDesc) -> Qua
                 2f64.powi(i32::from(*scale) - 127)
             };
             for (line, k) in members {
-                let v = at(line, k);
+                let v = (f64::from(at(line, k)) * factor) as f32;
                 let (row, col) = if axis == Axis::One { (line, k) } else { (k, line) };
                 let r = bits.as_ref().filter(|_| k < len).map(|bits| bits.element(row, col));
                 let magnitude =

@@ -13,32 +13,6 @@
 #include <cstring>
 #include <vector>
 
-#define MX_EMULATED
-#define KERNEL static __global__ void __launch_bounds__(THREADS)
-#define FUNCTION static __device__ __forceinline__
-#define SHARED __shared__ __align__(16)
-#define THREAD threadIdx.x
-#define BLOCK_X blockIdx.x
-#define BLOCK_Y blockIdx.y
-#define barrier() __syncthreads()
-
-FUNCTION void copy_16(void *to, const void *from, int valid)
-{
-    unsigned address = (unsigned)__cvta_generic_to_shared(to);
-    int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
-}
-
-FUNCTION void copies_commit(void)
-{
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-FUNCTION void copies_wait(void)
-{
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
-}
-
 // Twice the value of an E2M1 code.
 static __host__ __device__ int doubled(unsigned code)
 {
@@ -47,7 +21,8 @@ static __host__ __device__ int doubled(unsigned code)
     return code & 8 ? -value : value;
 }
 
-FUNCTION void mma(float *d, const unsigned *a, const unsigned *b, unsigned sa, unsigned sb, int byte)
+#define MX_EMULATED_MMA
+static __device__ __forceinline__ void mma(float *d, const unsigned *a, const unsigned *b, unsigned sa, unsigned sb, int byte)
 {
     const unsigned all = 0xffffffff;
     unsigned lane = threadIdx.x % 32, group = lane >> 2, thread = lane % 4;

@@ -18,7 +18,7 @@ use crate::engine::gpu::{Gpu, Scratch};
 use crate::engine::shader::{Binding, Kernel, Source, shader};
 use crate::engine::{Context, Engine, Stream};
 use crate::formats::{Axis, Element, Layout, MxSpec, ScaleFormat};
-use crate::kernels::{WORKGROUP, format_name};
+use crate::kernels::{WORKGROUP, act, format_name};
 use crate::{MXFP4, MxTensor, Result};
 
 /// A block may lie so many powers of two below its line's anchor.
@@ -145,27 +145,15 @@ fn name(spec: MxSpec, across: bool) -> String {
 }
 
 fn kernel(spec: MxSpec, across: bool) -> Kernel {
-    Kernel {
-        name: name(spec, across),
-        wgsl: Source::new()
-            .constant("WG", WORKGROUP)
-            .constant("E4M3_WINDOW", WINDOW)
-            .constant("LINES", spec.block.lines() as u32)
-            .constant("WORDS", spec.block.len() as u32 / 8)
-            .flag("COLUMNS", across)
-            .fragment(shader!("window.wgsl"))
-            .build(),
-        bindings: vec![
-            Binding::Params,
-            Binding::Read,
-            Binding::Read,
-            Binding::Read,
-            Binding::Write,
-        ],
-        workgroup_size: WORKGROUP,
-        features: wgpu::Features::empty(),
-        spirv: false,
-    }
+    let source = Source::new()
+        .constant("WG", WORKGROUP)
+        .constant("E4M3_WINDOW", WINDOW)
+        .constant("LINES", spec.block.lines() as u32)
+        .constant("WORDS", spec.block.len() as u32 / 8)
+        .flag("COLUMNS", across)
+        .fragment(shader!("window.wgsl"));
+    let bindings = [Binding::Read, Binding::Read, Binding::Read, Binding::Write];
+    act::kernel(name(spec, across), source, &bindings)
 }
 
 /// Every variant of this file's kernel.

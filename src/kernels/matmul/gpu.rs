@@ -913,11 +913,13 @@ impl Variant {
                     shader!("lib/operand.wgsl"),
                     shader!("lib/operand_codes.wgsl"),
                     shader!("lib/nibbles_e4m3.wgsl"),
+                    shader!("lib/loader_open.wgsl"),
                     shader!("lib/loader_eight.wgsl"),
                 ],
                 (Values::Mx(_), true, _) if e4m3.is_some() => &[
                     shader!("lib/operand.wgsl"),
                     shader!("lib/nibbles_e4m3.wgsl"),
+                    shader!("lib/loader_open.wgsl"),
                     shader!("lib/loader_nibbles.wgsl"),
                 ],
                 (Values::Mx(_), true, _) if words => &[
@@ -925,11 +927,13 @@ impl Variant {
                     shader!("lib/operand_codes.wgsl"),
                     shader!("lib/operand_halves.wgsl"),
                     shader!("lib/operand_eight.wgsl"),
+                    shader!("lib/loader_open.wgsl"),
                     shader!("lib/loader_eight.wgsl"),
                 ],
                 (Values::Mx(spec), true, _) if load == Load::Blocks || tier::fp8(spec) => &[
                     shader!("lib/operand.wgsl"),
                     shader!("lib/operand_halves.wgsl"),
+                    shader!("lib/loader_open.wgsl"),
                     match load {
                         Load::Blocks => shader!("lib/loader_blocks.wgsl"),
                         _ => shader!("lib/loader_bytes.wgsl"),
@@ -942,6 +946,7 @@ impl Variant {
                         Some(_) => shader!("lib/nibbles_ocp.wgsl"),
                         None => shader!("lib/nibbles_f16.wgsl"),
                     },
+                    shader!("lib/loader_open.wgsl"),
                     shader!("lib/loader_nibbles.wgsl"),
                 ],
                 (Values::Mx(_), false, Tier::Exact) if !words => &[shader!("lib/operand.wgsl")],
@@ -1010,20 +1015,9 @@ impl Variant {
             (Shape::Skinny { .. }, _) => source
                 .fragment(shader!("lib/terms_alu.wgsl"))
                 .fragment(shader!("matmul_skinny.wgsl")),
-            (Shape::Tensor { by, .. }, _) => source
-                .fragment(match by {
-                    Fragments::Spirv | Fragments::Ocp { emulated: false } => {
-                        shader!("lib/coop_f32.wgsl")
-                    }
-                    Fragments::Wgsl => shader!("lib/coop_f16.wgsl"),
-                    Fragments::Emulated | Fragments::Ocp { emulated: true } => {
-                        shader!("lib/coop_emulated.wgsl")
-                    }
-                    Fragments::E4m3 { emulated: false, .. } => shader!("lib/coop_e4m3.wgsl"),
-                    Fragments::E4m3 { emulated: true, .. } => {
-                        shader!("lib/coop_e4m3_emulated.wgsl")
-                    }
-                })
+            (Shape::Tensor { by, .. }, _) => coop_fragments(by)
+                .iter()
+                .fold(source, |source, fragment| source.fragment(fragment))
                 .fragment(match (by, self.tier) {
                     (Fragments::Spirv, Tier::Exact) => shader!("lib/multiply_exact.wgsl"),
                     (
@@ -1050,6 +1044,41 @@ impl Variant {
             features,
             spirv: passthrough,
         }
+    }
+}
+
+/// Workgroup memory, sums, and how they leave: what the fragments of `shaders/lib/multiply*.wgsl` need.
+fn coop_fragments(by: Fragments) -> &'static [&'static str] {
+    match by {
+        Fragments::Spirv | Fragments::Ocp { emulated: false } => &[
+            shader!("lib/units_16.wgsl"),
+            shader!("lib/strip.wgsl"),
+            shader!("lib/sums_coop.wgsl"),
+            shader!("lib/coop_f32.wgsl"),
+        ],
+        Fragments::E4m3 { emulated: false, .. } => &[
+            shader!("lib/units_8.wgsl"),
+            shader!("lib/strip.wgsl"),
+            shader!("lib/sums_coop.wgsl"),
+            shader!("lib/coop_e4m3.wgsl"),
+        ],
+        Fragments::Wgsl => &[
+            shader!("lib/units_f16.wgsl"),
+            shader!("lib/sums_coop.wgsl"),
+            shader!("lib/coop_f16.wgsl"),
+        ],
+        Fragments::Emulated | Fragments::Ocp { emulated: true } => &[
+            shader!("lib/units_16.wgsl"),
+            shader!("lib/strip.wgsl"),
+            shader!("lib/sums_emulated.wgsl"),
+            shader!("lib/coop_emulated.wgsl"),
+        ],
+        Fragments::E4m3 { emulated: true, .. } => &[
+            shader!("lib/units_8.wgsl"),
+            shader!("lib/strip.wgsl"),
+            shader!("lib/sums_emulated.wgsl"),
+            shader!("lib/coop_e4m3_emulated.wgsl"),
+        ],
     }
 }
 

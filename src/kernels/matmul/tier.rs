@@ -368,11 +368,11 @@ fn is_skinny(desc: &MatmulDesc) -> bool {
 /// The tile by size; see benches/results.
 fn usual(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool) -> Shape {
     let (rows, square) = (rows(desc), square(desc));
+    let tiles = rows.div_ceil(128) * desc.n.div_ceil(128) * desc.batch;
     if tier == Tier::Tensor {
         let (by, side) = tensor(Some(gpu), desc).unwrap_or((Fragments::Emulated, 16));
         let by = converting(gpu, desc, by).filter(|_| gpu.ocp_conversion).unwrap_or(by);
-        let tiles =
-            rows.div_ceil(128) * desc.n.div_ceil(128) * desc.batch * desc.experts.unwrap_or(1);
+        let tiles = tiles * desc.experts.unwrap_or(1);
         let (subgroups, fragments, slices) = match (by, rows) {
             (Fragments::Wgsl, _) if side == 8 => ([2, 2], [4, 4], 1),
             (Fragments::Wgsl, _) => ([2, 2], [2, 2], 1),
@@ -409,7 +409,7 @@ fn usual(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool) -> Shape {
     if let (Tier::Exact, Some(by)) = (tier, exact_fragments(gpu)) {
         let (subgroups, fragments) = match square {
             Some(_) => ([2, 2], [4, 4]),
-            None if rows.div_ceil(128) * desc.n.div_ceil(128) * desc.batch < 50 => ([2, 2], [2, 2]),
+            None if tiles < 50 => ([2, 2], [2, 2]),
             None => ([2, 4], [4, 2]),
         };
         return Shape::Tensor { subgroups, fragments, slices: 1, side: 16, by };

@@ -1,7 +1,8 @@
 // sums = A · Bᵀ of two MXFP4 operands on the block-scaled tensor cores of compute capability 12.0 and 12.1.
 //
 // Compiled at run time by NVRTC for sm_120a or sm_121a (also nvcc -cubin). C as far as it goes, so that tests/emulator.rs
-// can compile this file for the host, with the section "The machine" replaced, and run all of it on emulated warps.
+// can compile this file for the host, with the section "The machine" replaced, and run all of it on emulated warps; and
+// tests/emulator/device.cu for a device, with the instruction alone replaced.
 //
 // Layout: codes [lines, k/2], two elements a byte, the first in the low half; scales [lines, k/32], E8M0; both tight,
 // row-major, as this crate keeps them. k is a multiple of 32, m and n are anything. sums [m, n], f32. Codes are 16-byte
@@ -53,6 +54,7 @@ FUNCTION void copies_wait(void)
     asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
+#ifndef MX_EMULATED_MMA
 // d += A · B of 16 × 8 outputs and 64 positions. The scales are bytes `byte` and `byte` + 1 of sa and sb, 0 or 2; those of A
 // come from lanes 4q and 4q + 1 of each quad q (thread-id-a 0), those of B from lane 4q (thread-id-b 0).
 #define MMA(BYTE)                                                                                                         \
@@ -69,6 +71,7 @@ FUNCTION void mma(float *d, const u32 *a, const u32 *b, u32 sa, u32 sb, int byte
     else
         MMA(2);
 }
+#endif
 #endif
 
 // ---- Where things lie ------------------------------------------------------------------------------------------------
