@@ -20,8 +20,18 @@
 //!
 //! **Bounded**, as the tensor tier, with the accumulation that the route states ([`Accumulation`]).
 
+#[cfg(all(
+    any(feature = "cuda", feature = "hip"),
+    any(target_os = "linux", target_os = "windows")
+))]
+pub(crate) mod blaslt;
 #[cfg(all(feature = "cuda", any(target_os = "linux", target_os = "windows")))]
 pub mod cuda;
+#[cfg(all(
+    any(feature = "cuda", feature = "hip"),
+    any(target_os = "linux", target_os = "windows")
+))]
+pub(crate) mod device;
 #[cfg(all(feature = "hip", any(target_os = "linux", target_os = "windows")))]
 pub mod hip;
 #[cfg(all(
@@ -35,6 +45,11 @@ pub mod layout;
     any(target_os = "linux", target_os = "windows")
 ))]
 pub(crate) mod load;
+#[cfg(all(
+    any(feature = "cuda", feature = "hip"),
+    any(target_os = "linux", target_os = "windows")
+))]
+pub(crate) mod memo;
 #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
 pub(crate) mod registry;
 pub mod rescale;
@@ -86,6 +101,15 @@ pub struct Problem {
     pub a: MxSpec,
     /// B's.
     pub b: MxSpec,
+}
+
+impl Problem {
+    /// What it is multiplied as: lines of A, lines of B, positions of k.
+    pub fn padded(&self, packings: &[Packing; 2]) -> [usize; 3] {
+        let [m, k] = packings[0].padded(self.m, self.k);
+        let [n, of_b] = packings[1].padded(self.n, self.k);
+        [m, n, k.max(of_b)]
+    }
 }
 
 impl std::fmt::Display for Problem {
@@ -154,6 +178,21 @@ pub enum ScaleLayout {
 }
 
 impl Packing {
+    /// Of a route that takes E2M1 under E8M0 scales of 32 as they are, or why it does not take the format. Sixteen lines suit the
+    /// epilogue, which reads the sums by vectors.
+    #[cfg(all(
+        any(feature = "cuda", feature = "hip"),
+        any(target_os = "linux", target_os = "windows")
+    ))]
+    pub(crate) fn mxfp4(spec: MxSpec, layout: ScaleLayout, k: usize) -> Result<Packing, String> {
+        let scale = spec.scale == crate::ScaleFormat::E8M0 && spec.block.len().is_multiple_of(32);
+        if spec.element != crate::Element::E2M1 || !scale {
+            return Err(format!("{spec} is not E2M1 under E8M0 scales of at least 32"));
+        }
+        let scales = Scales { format: RouteScale::E8m0, group: 32, layout };
+        Ok(Packing { codes: Codes::Same, scales: Some(scales), lines: 16, k })
+    }
+
     /// Lines and positions of k with the padding.
     pub fn padded(&self, lines: usize, k: usize) -> [usize; 2] {
         [lines.next_multiple_of(self.lines.max(1)), k.next_multiple_of(self.k.max(1))]

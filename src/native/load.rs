@@ -63,18 +63,19 @@ impl Library {
     }
 }
 
-/// Declares a table of functions, all of which a library must have: `Table::load(library)` names the first one missing.
+/// Declares a table of functions, all of which a library must have: `Table::load(library, prefix)` names the first one missing.
+/// `prefix` is what their names begin with besides.
 macro_rules! functions {
-    ($(#[$doc:meta])* $visibility:vis struct $table:ident { $($field:ident: $symbol:literal ($($argument:ty),* $(,)?) -> $result:ty;)* }) => {
+    ($(#[$doc:meta])* $visibility:vis struct $table:ident $(<$generic:ident>)? { $($field:ident: $symbol:literal ($($argument:ty),* $(,)?) -> $result:ty;)* }) => {
         $(#[$doc])*
         #[derive(Clone, Copy)]
-        $visibility struct $table { $($visibility $field: unsafe extern "C" fn($($argument),*) -> $result,)* }
+        $visibility struct $table $(<$generic>)? { $($visibility $field: unsafe extern "C" fn($($argument),*) -> $result,)* }
 
-        impl $table {
-            fn load(library: &$crate::native::load::Library) -> Result<$table, String> {
-                Ok($table {
+        impl $(<$generic: Copy>)? $table $(<$generic>)? {
+            fn load(library: &$crate::native::load::Library, prefix: &str) -> Result<Self, String> {
+                Ok(Self {
                     // SAFETY: the signatures are those of the vendor's headers.
-                    $($field: unsafe { library.get::<unsafe extern "C" fn($($argument),*) -> $result>($symbol) }?,)*
+                    $($field: unsafe { library.get::<unsafe extern "C" fn($($argument),*) -> $result>(&format!("{prefix}{}", $symbol)) }?,)*
                 })
             }
         }

@@ -11,8 +11,7 @@
 //! cuDNN's heuristic lists engines; the first whose plan can be made is taken, and if there is none the route declines.
 //! Bounded: sums in f32. Not run on a device that has such engines; tests/standins/cudnn.rs checks every attribute.
 
-use std::collections::HashMap;
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::path::Path;
 use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,12 +19,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::cudnn::sys;
 
 use super::driver::Driver;
+use crate::native::device::{self, Device};
 use crate::native::load::{Library, functions};
+use crate::native::memo::Memo;
 use crate::native::{
-    Accumulation, Codes, Job, Mapped, NativeRoute, Packing, Problem, RouteScale, Runtime,
-    ScaleLayout, Scales,
+    Accumulation, Job, Mapped, NativeRoute, Packing, Problem, Runtime, ScaleLayout,
 };
-use crate::{Element, MxSpec, ScaleFormat};
 use sys::cudnnBackendAttributeName_t as Name;
 use sys::cudnnBackendAttributeType_t as Type;
 use sys::cudnnBackendDescriptorType_t as Kind;
@@ -87,7 +86,7 @@ pub(crate) struct Route {
 struct State {
     handle: *mut c_void,
     /// For each shape: the plan, or why there is none.
-    plans: HashMap<[usize; 3], Result<Plan, String>>,
+    plans: Memo<[usize; 3], Result<Plan, String>>,
 }
 
 /// An engine's plan, and what it was made of.
@@ -126,14 +125,8 @@ impl Functions {
         if status == 0 {
             return Ok(());
         }
-        // SAFETY: it returns a constant for any number.
-        let text = unsafe { (self.error)(status) };
-        if text.is_null() {
-            return Err(format!("{what}: cuDNN status {status}"));
-        }
-        // SAFETY: as above; the constant is a C string.
-        let text = unsafe { CStr::from_ptr(text) };
-        Err(format!("{what}: {} ({status})", text.to_string_lossy()))
+        // SAFETY: it takes any number, and returns a constant, which is a C string.
+        Err(unsafe { device::error(what, "cuDNN status", status, (self.error)(status)) })
     }
 }
 
@@ -185,7 +178,7 @@ impl Route {
     pub(crate) fn open(path: Option<&Path>, driver: &Arc<Driver>) -> Result<Route, String> {
         let names: &[&str] = if cfg!(windows) { &["cudnn64_9.dll"] } else { &["libcudnn.so.9"] };
         let library = Library::open(path, "MICROSCALING_CUDNN", names)?;
-        let functions = Functions::load(&library)?;
+        let functions = Functions::load(&library, "")?;
         // SAFETY: it takes nothing.
         let version = unsafe { (functions.version)() };
         if version < OLDEST {
@@ -203,7 +196,7 @@ impl Route {
         functions.check("cudnnSetStream", set)?;
         let workspace = driver.allocate(WORKSPACE)?;
         let runtime: Arc<dyn Runtime> = Arc::<Driver>::clone(driver);
-        let state = Mutex::new(State { handle, plans: HashMap::new() });
+        let state = Mutex::new(State { handle, plans: Memo::default() });
         let driver = Arc::clone(driver);
         Ok(Route { functions, driver, runtime, workspace, version, name: library.name, state })
     }
@@ -216,9 +209,9 @@ impl Route {
     ) -> Result<T, String> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let handle = state.handle;
-        let plan = state.plans.entry(shape).or_insert_with(|| {
-            self.driver.with(|| self.plan(handle, shape)).and_then(|answer| answer)
-        });
+        let plan = state
+            .plans
+            .get(shape, || self.driver.with(|| self.plan(handle, shape)).and_then(|answer| answer));
         match plan {
             Ok(plan) => self.driver.with(|| f(handle, plan))?,
             Err(reason) => Err(reason.clone()),
@@ -431,16 +424,6 @@ impl Route {
     }
 }
 
-/// Whole tiles of scales along k; sixteen lines suit the epilogue, which reads the sums by vectors.
-fn packing(spec: MxSpec) -> Result<Packing, String> {
-    let long = spec.block.len().is_multiple_of(BLOCK);
-    if spec.element != Element::E2M1 || spec.scale != ScaleFormat::E8M0 || !long {
-        return Err(format!("{spec} is not E2M1 under E8M0 scales of at least 32"));
-    }
-    let scales = Scales { format: RouteScale::E8m0, group: BLOCK, layout: ScaleLayout::Tiles128x4 };
-    Ok(Packing { codes: Codes::Same, scales: Some(scales), lines: 16, k: 128 })
-}
-
 impl NativeRoute for Route {
     fn name(&self) -> &'static str {
         NAME
@@ -455,9 +438,10 @@ impl NativeRoute for Route {
     }
 
     fn accepts(&self, problem: &Problem) -> Result<[Packing; 2], String> {
+        // Whole tiles of scales along k.
+        let packing = |spec| Packing::mxfp4(spec, ScaleLayout::Tiles128x4, 128);
         let packings = [packing(problem.a)?, packing(problem.b)?];
-        let [m, k] = packings[0].padded(problem.m, problem.k);
-        let [n, _] = packings[1].padded(problem.n, problem.k);
+        let [m, n, k] = problem.padded(&packings);
         if [m, n, k].iter().any(|length| c_int::try_from(*length).is_err()) {
             return Err(format!("{m}×{n}×{k} is more than cuDNN counts"));
         }
