@@ -71,6 +71,7 @@ functions! {
     /// The functions used here.
     struct Functions<A> {
         create: "Create" (*mut *mut c_void) -> Status;
+        destroy: "Destroy" (*mut c_void) -> Status;
         desc_create: "MatmulDescCreate" (*mut *mut c_void, c_int, c_int) -> Status;
         desc_destroy: "MatmulDescDestroy" (*mut c_void) -> Status;
         desc_set: "MatmulDescSetAttribute" (*mut c_void, c_int, *const c_void, usize) -> Status;
@@ -128,15 +129,34 @@ fn check<B: Blas>(what: &str, status: Status) -> Result<(), String> {
 impl<B: Blas> Lt<B> {
     /// A handle on the device.
     pub(crate) fn open(library: Library, device: &Arc<B::Device>) -> Result<Lt<B>, String> {
-        let functions = Functions::load(&library, B::PREFIX)?;
-        let mut handle = null_mut();
-        // SAFETY: the pointer is to a local.
-        let made = device.with(|| unsafe { (functions.create)(&raw mut handle) })?;
+        let mut lt = Lt {
+            functions: Functions::load(&library, B::PREFIX)?,
+            device: Arc::clone(device),
+            handle: null_mut(),
+            workspace: Mapped { address: 0, handle: 0 },
+            version: 0,
+            name: library.name.clone(),
+            turn: Mutex::new(()),
+        };
+        // SAFETY: the pointer is to a field, which outlives the call.
+        let made = device.with(|| unsafe { (lt.functions.create)(&raw mut lt.handle) })?;
         check::<B>("Create", made)?;
-        let version = B::version(&library, handle)?;
-        let workspace = device.allocate(B::WORKSPACE)?;
-        let (device, name, turn) = (Arc::clone(device), library.name, Mutex::new(()));
-        Ok(Lt { functions, device, handle, workspace, version, name, turn })
+        lt.version = B::version(&library, lt.handle)?;
+        lt.workspace = device.allocate(B::WORKSPACE)?;
+        Ok(lt)
+    }
+}
+
+impl<B: Blas> Drop for Lt<B> {
+    fn drop(&mut self) {
+        if self.handle.is_null() || !self.device.quiet() {
+            return;
+        }
+        // SAFETY: made in `open`; nothing of it is in the stream.
+        let _ = self.device.with(|| unsafe { (self.functions.destroy)(self.handle) });
+        if self.workspace.address != 0 {
+            self.device.release(self.workspace);
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr::null_mut;
+use std::time::{Duration, Instant};
 
 use super::Runtime;
 use super::load::Library;
@@ -15,6 +16,9 @@ pub(crate) const NOT_READY: Status = 600;
 pub(crate) const NON_BLOCKING: c_uint = 1;
 /// CUDA_EXTERNAL_MEMORY_DEDICATED, hipExternalMemoryDedicated.
 pub(crate) const DEDICATED: c_uint = 1;
+
+/// How long a stream is waited for before what belongs to it is destroyed.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A driver's device and its stream.
 pub(crate) trait Device: Runtime + Sized + 'static {
@@ -35,6 +39,20 @@ pub(crate) trait Device: Runtime + Sized + 'static {
         self.verdict(what, self.with(f)?)
     }
 
+    /// Waits until nothing is in the stream, so that what it works with can be destroyed. Not for ever: then it is kept.
+    fn quiet(&self) -> bool {
+        let start = Instant::now();
+        // A stream that failed works on nothing any more.
+        while let Ok(false) = self.check() {
+            if start.elapsed() > PATIENCE {
+                log::warn!("native: a queue does not end; its memory and handles stay");
+                return false;
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        true
+    }
+
     /// Loads code, and finds the kernel `name` in it.
     fn load(&self, code: &[u8], name: &CStr) -> Result<Module, String> {
         let modules = self.modules()?;
@@ -44,11 +62,25 @@ pub(crate) trait Device: Runtime + Sized + 'static {
         self.call(load, || unsafe {
             (modules.load)(&raw mut module.module, code.as_ptr().cast())
         })?;
-        // SAFETY: the module was just loaded, and stays.
-        self.call(get, || unsafe {
+        // SAFETY: the module was just loaded.
+        let found = self.call(get, || unsafe {
             (modules.function)(&raw mut module.function, module.module, name.as_ptr())
-        })?;
+        });
+        if let Err(error) = found {
+            self.unload(&module);
+            return Err(error);
+        }
         Ok(module)
+    }
+
+    /// Gives code back; the stream is idle.
+    fn unload(&self, module: &Module) {
+        let Ok(modules) = self.modules() else { return };
+        // SAFETY: loaded by `load`, and used no more.
+        let done = self.call(modules.names[3], || unsafe { (modules.unload)(module.module) });
+        if let Err(error) = done {
+            log::debug!("native: {error}");
+        }
     }
 
     /// Puts a kernel into the stream.
@@ -103,19 +135,21 @@ pub(crate) struct Modules {
         *mut *mut c_void,
         *mut *mut c_void,
     ) -> Status,
-    names: [&'static str; 3],
+    unload: unsafe extern "C" fn(*mut c_void) -> Status,
+    names: [&'static str; 4],
 }
 
 impl Modules {
-    /// Of the functions that load, find and launch.
-    pub(crate) fn new(library: &Library, names: [&'static str; 3]) -> Result<Modules, String> {
-        let [load, function, launch] = names;
+    /// Of the functions that load, find, launch and unload.
+    pub(crate) fn new(library: &Library, names: [&'static str; 4]) -> Result<Modules, String> {
+        let [load, function, launch, unload] = names;
         // SAFETY: the signatures are those of cuda.h and hip_runtime_api.h.
         unsafe {
             Ok(Modules {
                 load: library.get(load)?,
                 function: library.get(function)?,
                 launch: library.get(launch)?,
+                unload: library.get(unload)?,
                 names,
             })
         }

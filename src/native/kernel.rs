@@ -15,6 +15,8 @@ use super::{Accumulation, Job, NativeRoute, Packing, Problem, Runtime, ScaleLayo
 const FUNCTION: &CStr = c"mx_matmul_mxf4";
 const TILE: usize = 128;
 const THREADS: u32 = 256;
+/// Of code, or of a compiler's messages: more is an error.
+const MAX_CODE: usize = 1 << 28;
 /// A grid's largest second length, on either machine.
 const MAX_GRID_Y: usize = 65535;
 
@@ -95,8 +97,11 @@ impl Compiler {
         let mut bytes = 0;
         // SAFETY: as above.
         let mut done = check(unsafe { (wanted.size)(program, &raw mut bytes) });
-        let mut buffer = vec![0u8; bytes];
-        if done.is_ok() && bytes > 0 {
+        if bytes > MAX_CODE {
+            done = done.and(Err(format!("{prefix} has {bytes} bytes of output")));
+        }
+        let mut buffer = vec![0u8; if done.is_ok() { bytes } else { 0 }];
+        if !buffer.is_empty() {
             // SAFETY: as above; the buffer has as many bytes as were asked for.
             done = check(unsafe { (wanted.get)(program, buffer.as_mut_ptr().cast()) });
         }
@@ -115,7 +120,7 @@ impl Compiler {
 }
 
 /// The route of a kernel.
-pub(crate) struct Route<D> {
+pub(crate) struct Route<D: Device> {
     name: &'static str,
     compiler: Compiler,
     source: &'static str,
@@ -127,7 +132,7 @@ pub(crate) struct Route<D> {
     kernel: OnceLock<Result<Module, String>>,
 }
 
-impl<D> std::fmt::Debug for Route<D> {
+impl<D: Device> std::fmt::Debug for Route<D> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut f = f.debug_struct("Route");
         f.field("name", &self.name).field("compiler", &self.compiler.name).finish_non_exhaustive()
@@ -152,6 +157,15 @@ impl<D: Device> Route<D> {
             self.device.load(&code, FUNCTION)
         };
         self.kernel.get_or_init(make).clone()
+    }
+}
+
+impl<D: Device> Drop for Route<D> {
+    fn drop(&mut self) {
+        match self.kernel.get() {
+            Some(Ok(module)) if self.device.quiet() => self.device.unload(module),
+            _ => {}
+        }
     }
 }
 

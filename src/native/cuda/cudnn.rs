@@ -14,7 +14,7 @@
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::path::Path;
 use std::ptr::null_mut;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::cudnn::sys;
 
@@ -48,6 +48,7 @@ functions! {
     struct Functions {
         version: "cudnnGetVersion" () -> usize;
         create: "cudnnCreate" (*mut *mut c_void) -> Status;
+        destroy_handle: "cudnnDestroy" (*mut c_void) -> Status;
         set_stream: "cudnnSetStream" (*mut c_void, *mut c_void) -> Status;
         make: "cudnnBackendCreateDescriptor" (c_uint, *mut *mut c_void) -> Status;
         destroy: "cudnnBackendDestroyDescriptor" (*mut c_void) -> Status;
@@ -187,18 +188,35 @@ impl Route {
                 library.name
             ));
         }
+        let runtime: Arc<dyn Runtime> = Arc::<Driver>::clone(driver);
+        let mut route = Route {
+            functions,
+            driver: Arc::clone(driver),
+            runtime,
+            workspace: Mapped { address: 0, handle: 0 },
+            version,
+            name: library.name,
+            state: Mutex::new(State { handle: null_mut(), plans: Memo::default() }),
+        };
         let mut handle = null_mut();
         // SAFETY: of this call and the next: as cuDNN documents them, with the device's context current.
         let made = driver.with(|| unsafe { (functions.create)(&raw mut handle) })?;
         functions.check("cudnnCreate", made)?;
+        route.state().handle = handle;
         // SAFETY: as above.
         let set = driver.with(|| unsafe { (functions.set_stream)(handle, driver.stream()) })?;
         functions.check("cudnnSetStream", set)?;
-        let workspace = driver.allocate(WORKSPACE)?;
-        let runtime: Arc<dyn Runtime> = Arc::<Driver>::clone(driver);
-        let state = Mutex::new(State { handle, plans: Memo::default() });
-        let driver = Arc::clone(driver);
-        Ok(Route { functions, driver, runtime, workspace, version, name: library.name, state })
+        route.workspace = driver.allocate(WORKSPACE)?;
+        Ok(route)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Destroys all plans, none of which may be at work. Says whether it did.
+    fn forget(&self, state: &mut State) -> bool {
+        self.driver.quiet() && self.driver.with(|| state.plans.clear()).is_ok()
     }
 
     /// With the plan for a padded shape; it is made when first asked for.
@@ -207,7 +225,10 @@ impl Route {
         shape: [usize; 3],
         f: impl FnOnce(*mut c_void, &Plan) -> Result<T, String>,
     ) -> Result<T, String> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state();
+        if state.plans.is_full(&shape) && !self.forget(&mut state) {
+            return Err("the plans of other shapes are still at work".into());
+        }
         let handle = state.handle;
         let plan = state
             .plans
@@ -421,6 +442,25 @@ impl Route {
         // SAFETY: the memory behind the addresses has the shapes of the plan's tensors.
         let status = unsafe { (f.execute)(handle, plan.plan.raw, pack.raw) };
         f.check("cudnnBackendExecute", status)
+    }
+}
+
+impl Drop for Route {
+    fn drop(&mut self) {
+        let mut state = self.state();
+        if state.handle.is_null() {
+            return;
+        }
+        if !self.forget(&mut state) {
+            // They are as long as the process.
+            std::mem::forget(std::mem::take(&mut state.plans));
+            return;
+        }
+        // SAFETY: made in `open`; its plans are gone.
+        let _ = self.driver.with(|| unsafe { (self.functions.destroy_handle)(state.handle) });
+        if self.workspace.address != 0 {
+            self.driver.release(self.workspace);
+        }
     }
 }
 

@@ -28,9 +28,11 @@ functions! {
         device_uuid: "cuDeviceGetUuid_v2" (*mut sys::CUuuid, c_int) -> Status;
         device_attribute: "cuDeviceGetAttribute" (*mut c_int, c_uint, c_int) -> Status;
         retain: "cuDevicePrimaryCtxRetain" (*mut sys::CUcontext, c_int) -> Status;
+        release: "cuDevicePrimaryCtxRelease_v2" (c_int) -> Status;
         push: "cuCtxPushCurrent_v2" (sys::CUcontext) -> Status;
         pop: "cuCtxPopCurrent_v2" (*mut sys::CUcontext) -> Status;
         stream: "cuStreamCreate" (*mut sys::CUstream, c_uint) -> Status;
+        destroy_stream: "cuStreamDestroy_v2" (sys::CUstream) -> Status;
         synchronize: "cuStreamSynchronize" (sys::CUstream) -> Status;
         query: "cuStreamQuery" (sys::CUstream) -> Status;
         allocate: "cuMemAlloc_v2" (*mut u64, usize) -> Status;
@@ -48,17 +50,20 @@ functions! {
         map: "cuExternalMemoryGetMappedBuffer" (*mut u64, sys::CUexternalMemory, *const sys::CUDA_EXTERNAL_MEMORY_BUFFER_DESC) -> Status;
         destroy_memory: "cuDestroyExternalMemory" (sys::CUexternalMemory) -> Status;
         import_semaphore: "cuImportExternalSemaphore" (*mut sys::CUexternalSemaphore, *const sys::CUDA_EXTERNAL_SEMAPHORE_HANDLE_DESC) -> Status;
+        destroy_semaphore: "cuDestroyExternalSemaphore" (sys::CUexternalSemaphore) -> Status;
         signal: "cuSignalExternalSemaphoresAsync" (*const sys::CUexternalSemaphore, *const sys::CUDA_EXTERNAL_SEMAPHORE_SIGNAL_PARAMS, c_uint, sys::CUstream) -> Status;
         wait: "cuWaitExternalSemaphoresAsync" (*const sys::CUexternalSemaphore, *const sys::CUDA_EXTERNAL_SEMAPHORE_WAIT_PARAMS, c_uint, sys::CUstream) -> Status;
     }
 }
 
-/// A CUDA device with its primary context and a stream. Both stay for good, as the library does.
+/// A CUDA device with its primary context and a stream. What holds memory, handles or code of it holds the driver too, so it goes
+/// last; the library stays for good.
 pub(crate) struct Driver {
     functions: Functions,
     /// Or the function that is missing.
     sharing: Result<Sharing, String>,
     modules: Result<Modules, String>,
+    device: c_int,
     context: sys::CUcontext,
     stream: sys::CUstream,
     /// Null until one is imported.
@@ -174,8 +179,9 @@ impl Driver {
             sharing: Sharing::load(&library, ""),
             modules: Modules::new(
                 &library,
-                ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel"],
+                ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel", "cuModuleUnload"],
             ),
+            device,
             context,
             stream: null_mut(),
             timeline: Mutex::new(Handle(null_mut())),
@@ -207,7 +213,7 @@ impl Driver {
 
 impl Device for Driver {
     fn with<T>(&self, f: impl FnOnce() -> T) -> Result<T, String> {
-        // SAFETY: the context is the device's primary one, retained for good.
+        // SAFETY: the context is the device's primary one, retained until `self` goes.
         self.functions.check("cuCtxPushCurrent", unsafe { (self.functions.push)(self.context) })?;
         let value = f();
         let mut popped = null_mut();
@@ -227,6 +233,31 @@ impl Device for Driver {
 
     fn modules(&self) -> Result<&Modules, String> {
         self.modules.as_ref().map_err(Clone::clone)
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        if !self.stream.is_null() {
+            if !self.quiet() {
+                return;
+            }
+            let Handle(semaphore) = self.timeline();
+            match &self.sharing {
+                Ok(sharing) if !semaphore.is_null() => {
+                    // SAFETY: imported by `import_timeline`; nothing in the stream waits for it or sets it.
+                    let _ = self.with(|| unsafe { (sharing.destroy_semaphore)(semaphore) });
+                }
+                _ => {}
+            }
+            // SAFETY: made in `open`, and idle.
+            let _ = self.with(|| unsafe { (self.functions.destroy_stream)(self.stream) });
+        }
+        // SAFETY: retained in `open`. Its memory, handles and modules are gone: who has them has the driver.
+        let status = unsafe { (self.functions.release)(self.device) };
+        if let Err(error) = self.functions.check("cuDevicePrimaryCtxRelease", status) {
+            log::debug!("native: {error}");
+        }
     }
 }
 

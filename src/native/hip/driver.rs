@@ -33,6 +33,7 @@ functions! {
         current_device: "hipGetDevice" (*mut c_int) -> Status;
         set_device: "hipSetDevice" (c_int) -> Status;
         stream: "hipStreamCreateWithFlags" (*mut *mut c_void, c_uint) -> Status;
+        destroy_stream: "hipStreamDestroy" (*mut c_void) -> Status;
         synchronize: "hipStreamSynchronize" (*mut c_void) -> Status;
         query: "hipStreamQuery" (*mut c_void) -> Status;
         allocate: "hipMalloc" (*mut *mut c_void, usize) -> Status;
@@ -79,7 +80,8 @@ struct ExternalBuffer {
     reserved: [c_uint; 16],
 }
 
-/// A HIP device with a stream. Both stay for good, as the library does.
+/// A HIP device with a stream. What holds memory, handles or code of it holds the driver too, so the stream goes last; the
+/// library stays for good.
 pub(crate) struct Driver {
     functions: Functions,
     /// Or the function that is missing.
@@ -213,7 +215,12 @@ impl Driver {
             sharing: Sharing::load(&library, ""),
             modules: Modules::new(
                 &library,
-                ["hipModuleLoadData", "hipModuleGetFunction", "hipModuleLaunchKernel"],
+                [
+                    "hipModuleLoadData",
+                    "hipModuleGetFunction",
+                    "hipModuleLaunchKernel",
+                    "hipModuleUnload",
+                ],
             ),
             device,
             stream: null_mut(),
@@ -279,6 +286,15 @@ impl Device for Driver {
 
     fn modules(&self) -> Result<&Modules, String> {
         self.modules.as_ref().map_err(Clone::clone)
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        if !self.stream.is_null() && self.quiet() {
+            // SAFETY: made in `open`, and idle.
+            let _ = self.with(|| unsafe { (self.functions.destroy_stream)(self.stream) });
+        }
     }
 }
 
