@@ -55,11 +55,10 @@ impl Library {
     /// # Safety
     /// `F` is the type of a function pointer with the signature that the library documents.
     pub(crate) unsafe fn get<F: Copy>(&self, name: &str) -> Result<F, String> {
-        // SAFETY: the caller's.
-        match unsafe { self.library.get::<F>(name.as_bytes()) } {
-            Ok(symbol) => Ok(*symbol),
-            Err(_) => Err(format!("{} has no function {name}", self.name)),
-        }
+        // SAFETY: the caller's. A symbol that is there may be null, which a function pointer must not be, but its option is.
+        let symbol = unsafe { self.library.get::<Option<F>>(name.as_bytes()) };
+        let function = symbol.ok().and_then(|symbol| *symbol);
+        function.ok_or_else(|| format!("{} has no function {name}", self.name))
     }
 }
 

@@ -84,18 +84,17 @@ pub(super) fn choose(
 fn sizes(problem: &Problem, packings: &[Packing; 2]) -> [u64; 5] {
     let &Problem { m, n, k, a, b } = problem;
     let scales = |packing: &Packing, lines| {
-        let [rows, groups] = packing.scale_shape(lines, k);
+        let [rows, groups] = packing.scale_shape(lines, k).map(|length| length as u64);
         (rows * groups).next_multiple_of(4)
     };
-    let [m_padded, n_padded, _] = problem.padded(packings);
+    let [m_padded, n_padded, _] = problem.padded(packings).map(|length| length as u64);
     [
-        packings[0].code_bytes(a, m, k),
-        packings[1].code_bytes(b, n, k),
+        packings[0].code_bytes(a, m, k) as u64,
+        packings[1].code_bytes(b, n, k) as u64,
         scales(&packings[0], m),
         scales(&packings[1], n),
-        m_padded * n_padded * 4,
+        (m_padded * n_padded).saturating_mul(4),
     ]
-    .map(|bytes| bytes as u64)
 }
 
 fn bound_at_once(x: Input<'_>) -> Option<&DeviceMxTensor> {
