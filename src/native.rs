@@ -16,7 +16,8 @@
 //! 4. The epilogue of the other tiers makes y from the sums: anchors, alpha, tensor-wide scales, beta, bias, output type. It
 //!    runs only if no flag was raised; otherwise the next tier's kernel does, decided on the device, and is counted.
 //!
-//! Before its first product on a device every route runs a known-answer test (`selftest.rs`); a mismatch disables it.
+//! Before the first product of a pair of formats on a device every route runs a known-answer test for it (`selftest.rs`); a
+//! mismatch disables the route.
 //!
 //! **Bounded**, as the tensor tier, with the accumulation that the route states ([`Accumulation`]).
 
@@ -52,7 +53,6 @@ pub(crate) mod load;
 pub(crate) mod memo;
 #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
 pub(crate) mod registry;
-pub mod rescale;
 #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
 pub(crate) mod selftest;
 #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
@@ -201,9 +201,11 @@ impl Packing {
     /// Bytes of the codes of so many lines and positions.
     pub fn code_bytes(&self, spec: MxSpec, lines: usize, k: usize) -> usize {
         let [lines, k] = self.padded(lines, k);
+        let codes = lines.saturating_mul(k);
         match self.codes {
-            Codes::E4m3 { .. } => lines * k,
-            Codes::Same => lines * k * spec.element.bits() as usize / 8,
+            Codes::E4m3 { .. } => codes,
+            Codes::Same if spec.element.bits() == 8 => codes,
+            Codes::Same => codes.saturating_mul(spec.element.bits() as usize).div_ceil(8),
         }
     }
 
@@ -270,7 +272,7 @@ pub trait NativeRoute: std::fmt::Debug + Send + Sync {
     /// Where it runs.
     fn runtime(&self) -> &Arc<dyn Runtime>;
 
-    /// A small problem for the known-answer test: MXFP4 twice, unless the route takes something else.
+    /// The pair of formats that [`crate::Context::test_native`] tests: MXFP4 twice, unless the route takes something else.
     fn sample(&self) -> [MxSpec; 2] {
         [crate::MXFP4; 2]
     }
@@ -347,9 +349,9 @@ pub struct Traffic {
 /// What became of a route on a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RouteState {
-    /// Open; the known-answer test has not run yet.
+    /// Open; no known-answer test has run yet.
     Untested,
-    /// The known-answer test passed, in this time.
+    /// The known-answer tests of all pairs of formats so far passed, in this time.
     Passed(Duration),
     /// Not used, and why.
     Disabled(String),
@@ -393,5 +395,10 @@ mod tests {
         assert_eq!(packing.scale_shape(3, 32), [3, 32]);
         let x = crate::formats::MxTensor::quantize(&[1.0; 96], 3, 32, &Default::default()).unwrap();
         assert!(crate::kernels::native_pack::pack(&x, &packing).is_ok());
+        // Half a byte at the end, and more bytes than there are numbers.
+        let odd =
+            crate::formats::MxTensor::quantize(&[1.0; 99], 3, 33, &Default::default()).unwrap();
+        assert_eq!(crate::kernels::native_pack::pack(&odd, &packing).unwrap().codes.len(), 50);
+        assert_eq!(packing.code_bytes(crate::MXFP8_E4M3, usize::MAX, 32), usize::MAX);
     }
 }
