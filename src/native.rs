@@ -16,12 +16,23 @@
 //! 4. The epilogue of the other tiers makes y from the sums: anchors, alpha, tensor-wide scales, beta, bias, output type. It
 //!    runs only if no flag was raised; otherwise the next tier's kernel does, decided on the device, and is counted.
 //!
-//! Before its first product on a device every route runs a known-answer test (`selftest.rs`); a mismatch disables it.
+//! Before the first product of a pair of formats on a device every route runs a known-answer test for it (`selftest.rs`); a
+//! mismatch disables the route.
 //!
 //! **Bounded**, as the tensor tier, with the accumulation that the route states ([`Accumulation`]).
 
+#[cfg(all(
+    any(feature = "cuda", feature = "hip"),
+    any(target_os = "linux", target_os = "windows")
+))]
+pub(crate) mod blaslt;
 #[cfg(all(feature = "cuda", any(target_os = "linux", target_os = "windows")))]
 pub mod cuda;
+#[cfg(all(
+    any(feature = "cuda", feature = "hip"),
+    any(target_os = "linux", target_os = "windows")
+))]
+pub(crate) mod device;
 #[cfg(all(feature = "hip", any(target_os = "linux", target_os = "windows")))]
 pub mod hip;
 #[cfg(all(
@@ -35,9 +46,13 @@ pub mod layout;
     any(target_os = "linux", target_os = "windows")
 ))]
 pub(crate) mod load;
+#[cfg(all(
+    any(feature = "cuda", feature = "hip"),
+    any(target_os = "linux", target_os = "windows")
+))]
+pub(crate) mod memo;
 #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
 pub(crate) mod registry;
-pub mod rescale;
 #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
 pub(crate) mod selftest;
 #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
@@ -86,6 +101,15 @@ pub struct Problem {
     pub a: MxSpec,
     /// B's.
     pub b: MxSpec,
+}
+
+impl Problem {
+    /// What it is multiplied as: lines of A, lines of B, positions of k.
+    pub fn padded(&self, packings: &[Packing; 2]) -> [usize; 3] {
+        let [m, k] = packings[0].padded(self.m, self.k);
+        let [n, of_b] = packings[1].padded(self.n, self.k);
+        [m, n, k.max(of_b)]
+    }
 }
 
 impl std::fmt::Display for Problem {
@@ -154,6 +178,21 @@ pub enum ScaleLayout {
 }
 
 impl Packing {
+    /// Of a route that takes E2M1 under E8M0 scales of 32 as they are, or why it does not take the format. Sixteen lines suit the
+    /// epilogue, which reads the sums by vectors.
+    #[cfg(all(
+        any(feature = "cuda", feature = "hip"),
+        any(target_os = "linux", target_os = "windows")
+    ))]
+    pub(crate) fn mxfp4(spec: MxSpec, layout: ScaleLayout, k: usize) -> Result<Packing, String> {
+        let scale = spec.scale == crate::ScaleFormat::E8M0 && spec.block.len().is_multiple_of(32);
+        if spec.element != crate::Element::E2M1 || !scale {
+            return Err(format!("{spec} is not E2M1 under E8M0 scales of at least 32"));
+        }
+        let scales = Scales { format: RouteScale::E8m0, group: 32, layout };
+        Ok(Packing { codes: Codes::Same, scales: Some(scales), lines: 16, k })
+    }
+
     /// Lines and positions of k with the padding.
     pub fn padded(&self, lines: usize, k: usize) -> [usize; 2] {
         [lines.next_multiple_of(self.lines.max(1)), k.next_multiple_of(self.k.max(1))]
@@ -162,9 +201,11 @@ impl Packing {
     /// Bytes of the codes of so many lines and positions.
     pub fn code_bytes(&self, spec: MxSpec, lines: usize, k: usize) -> usize {
         let [lines, k] = self.padded(lines, k);
+        let codes = lines.saturating_mul(k);
         match self.codes {
-            Codes::E4m3 { .. } => lines * k,
-            Codes::Same => lines * k * spec.element.bits() as usize / 8,
+            Codes::E4m3 { .. } => codes,
+            Codes::Same if spec.element.bits() == 8 => codes,
+            Codes::Same => codes.saturating_mul(spec.element.bits() as usize).div_ceil(8),
         }
     }
 
@@ -231,7 +272,7 @@ pub trait NativeRoute: std::fmt::Debug + Send + Sync {
     /// Where it runs.
     fn runtime(&self) -> &Arc<dyn Runtime>;
 
-    /// A small problem for the known-answer test: MXFP4 twice, unless the route takes something else.
+    /// The pair of formats that [`crate::Context::test_native`] tests: MXFP4 twice, unless the route takes something else.
     fn sample(&self) -> [MxSpec; 2] {
         [crate::MXFP4; 2]
     }
@@ -308,9 +349,9 @@ pub struct Traffic {
 /// What became of a route on a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RouteState {
-    /// Open; the known-answer test has not run yet.
+    /// Open; no known-answer test has run yet.
     Untested,
-    /// The known-answer test passed, in this time.
+    /// The known-answer tests of all pairs of formats so far passed, in this time.
     Passed(Duration),
     /// Not used, and why.
     Disabled(String),
@@ -354,5 +395,10 @@ mod tests {
         assert_eq!(packing.scale_shape(3, 32), [3, 32]);
         let x = crate::formats::MxTensor::quantize(&[1.0; 96], 3, 32, &Default::default()).unwrap();
         assert!(crate::kernels::native_pack::pack(&x, &packing).is_ok());
+        // Half a byte at the end, and more bytes than there are numbers.
+        let odd =
+            crate::formats::MxTensor::quantize(&[1.0; 99], 3, 33, &Default::default()).unwrap();
+        assert_eq!(crate::kernels::native_pack::pack(&odd, &packing).unwrap().codes.len(), 50);
+        assert_eq!(packing.code_bytes(crate::MXFP8_E4M3, usize::MAX, 32), usize::MAX);
     }
 }

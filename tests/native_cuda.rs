@@ -4,11 +4,10 @@
 //! `MX_TEST_GPU` as in tests/kernels.rs. `MX_TEST_NATIVE=require` fails where no NVIDIA device answers.
 
 mod common;
+#[path = "common/standin.rs"]
+mod standin;
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -17,6 +16,7 @@ use microscaling::{
     Axis, Context, DType, Error, Layout, MXFP4, MXFP6_E2M3, MXFP8_E4M3, MXINT8, Matmul, MatmulDesc,
     MxSpec, MxTensor, NVFP4, Options, QuantizeDesc, Tensor, Tier, engine, engine::caps::State,
 };
+use standin::{Standin, folder, standin};
 
 type Test = fn(&wgpu::Adapter) -> Result<(), Failed>;
 
@@ -41,6 +41,9 @@ const STANDINS: &[(&str, Test)] = &[
     ("a_stream_of_another_context_is_declined", foreign_stream),
     ("a_disabled_route_takes_nothing_more", disabled_meanwhile),
     ("out_of_memory_is_one_products_loss", out_of_memory),
+    ("a_code_that_is_wrong_disables", wrong_codes),
+    ("a_dropped_context_leaves_nothing", nothing_left),
+    ("plans_are_forgotten_when_there_are_many", many_shapes),
 ];
 
 /// On NVIDIA devices, with NVIDIA's libraries.
@@ -97,75 +100,6 @@ fn main() {
 
 // ---- Stand-ins -----------------------------------------------------------------------------------------------------
 
-/// A stand-in of its own for each test: what is set in one does not show in another.
-struct Standin {
-    path: PathBuf,
-    library: libloading::Library,
-}
-
-fn folder() -> &'static Path {
-    static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
-    FOLDER.get_or_init(|| tempfile::tempdir().expect("a temporary folder")).path()
-}
-
-/// Compiles tests/standins/`name`.rs with `cfgs`, once, and loads a copy.
-fn standin(name: &str, cfgs: &[&str]) -> Result<Standin, Failed> {
-    static COMPILED: Mutex<Vec<String>> = Mutex::new(Vec::new());
-    static COPIES: AtomicUsize = AtomicUsize::new(0);
-    let stem = format!("{name}{}", cfgs.concat());
-    let built = folder().join(format!("lib{stem}.so"));
-    {
-        let mut compiled = COMPILED.lock().unwrap_or_else(|e| e.into_inner());
-        if !compiled.contains(&stem) {
-            let source =
-                Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/standins/{name}.rs"));
-            let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-            let mut command = Command::new(rustc);
-            command.args(["--crate-type", "cdylib", "--edition", "2024", "-O", "-o"]);
-            command.arg(&built).arg(source).args(["-C", "panic=abort", "-A", "unexpected_cfgs"]);
-            for cfg in cfgs {
-                command.args(["--cfg", cfg]);
-            }
-            let output = command.output()?;
-            if !output.status.success() {
-                return Err(String::from_utf8_lossy(&output.stderr).into_owned().into());
-            }
-            compiled.push(stem.clone());
-        }
-    }
-    let copy = COPIES.fetch_add(1, Ordering::Relaxed);
-    let path = folder().join(format!("lib{stem}-{copy}.so"));
-    std::fs::copy(&built, &path)?;
-    // SAFETY: the library is tests/standins', whose initialisers do nothing.
-    let library = unsafe { libloading::Library::new(&path) }?;
-    Ok(Standin { path, library })
-}
-
-impl Standin {
-    fn set(&self, key: u32, value: u64) -> Result<(), Failed> {
-        // SAFETY: the stand-in declares it so.
-        unsafe {
-            let set: libloading::Symbol<'_, unsafe extern "C" fn(u32, u64)> =
-                self.library.get(b"standin_set")?;
-            set(key, value);
-        }
-        Ok(())
-    }
-
-    /// Every call so far.
-    fn log(&self) -> Result<String, Failed> {
-        let mut text = vec![0u8; 1 << 22];
-        // SAFETY: as above; the buffer has so much room.
-        let len = unsafe {
-            let log: libloading::Symbol<'_, unsafe extern "C" fn(*mut u8, usize) -> usize> =
-                self.library.get(b"standin_log")?;
-            log(text.as_mut_ptr(), text.len())
-        };
-        text.truncate(len);
-        Ok(String::from_utf8(text)?)
-    }
-}
-
 fn open(adapter: &wgpu::Adapter, cuda: &Path, cublaslt: &Path) -> Result<Context, Failed> {
     let libraries = Libraries {
         cuda: Some(cuda.into()),
@@ -178,24 +112,14 @@ fn open(adapter: &wgpu::Adapter, cuda: &Path, cublaslt: &Path) -> Result<Context
     Ok(pollster::block_on(Context::on_adapter(adapter, &options))?)
 }
 
-/// Both stand-ins, the driver with the adapter's UUID, and the context on them.
-fn opened(adapter: &wgpu::Adapter, cfgs: &[&str]) -> Result<(Context, Standin, Standin), Failed> {
-    let (cuda, lt) = (standin("cuda", cfgs)?, standin("cublaslt", &[])?);
-    identify(adapter, &cuda)?;
+/// Both stand-ins, the driver with the adapter's UUID and without some functions, and the context on them.
+fn opened(
+    adapter: &wgpu::Adapter,
+    without: &[&str],
+) -> Result<(Context, Standin, Standin), Failed> {
+    let (cuda, lt) = (standin("cuda", without).identify(adapter), standin("cublaslt", &[]));
     let ctx = open(adapter, &cuda.path, &lt.path)?;
     Ok((ctx, cuda, lt))
-}
-
-/// Gives the stand-in's second device the adapter's UUID, which it learns from the crate's own complaint.
-fn identify(adapter: &wgpu::Adapter, cuda: &Standin) -> Result<(), Failed> {
-    let other = standin("cuda", &[])?;
-    let lt = standin("cublaslt", &[])?;
-    let reason = reason(&report(&open(adapter, &other.path, &lt.path)?)?, "cublaslt-fp8")?;
-    let hex = reason.split("open: ").nth(1).and_then(|rest| rest.get(..32)).ok_or(&*reason)?;
-    for half in [0, 1] {
-        cuda.set(half, u64::from_str_radix(&hex[16 * half as usize..][..16], 16)?)?;
-    }
-    Ok(())
 }
 
 fn report(ctx: &Context) -> Result<Report, Failed> {
@@ -338,8 +262,7 @@ fn absent_libraries(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     let text = folder().join("not-a-library.so");
     std::fs::write(&text, "text")?;
     declines(&open(adapter, &text, &text)?, &["not-a-library.so"])?;
-    let cuda = standin("cuda", &[])?;
-    identify(adapter, &cuda)?;
+    let cuda = standin("cuda", &[]).identify(adapter);
     declines(
         &open(adapter, &cuda.path, Path::new("/nonexistent/libcublasLt.so"))?,
         &["/nonexistent/libcublasLt.so"],
@@ -347,37 +270,37 @@ fn absent_libraries(adapter: &wgpu::Adapter) -> Result<(), Failed> {
 }
 
 fn incomplete_libraries(adapter: &wgpu::Adapter) -> Result<(), Failed> {
-    let lt = standin("cublaslt", &[])?;
-    let lacking = standin("cuda", &["no_memcpy"])?;
+    let lt = standin("cublaslt", &[]);
+    let lacking = standin("cuda", &["cuMemcpyHtoDAsync_v2"]);
     falls_back(
         &open(adapter, &lacking.path, &lt.path)?,
         &["has no function cuMemcpyHtoDAsync_v2"],
     )?;
-    let cuda = standin("cuda", &[])?;
-    identify(adapter, &cuda)?;
-    cuda.set(2, 11000)?;
+    let cuda = standin("cuda", &[]).identify(adapter);
+    cuda.set(2, 11000);
     declines(&open(adapter, &cuda.path, &lt.path)?, &["CUDA 11.0", "11.2"])?;
-    cuda.set(2, 13000)?;
-    cuda.set(4, 700)?;
+    cuda.set(2, 13000);
+    cuda.set(4, 700);
     declines(&open(adapter, &cuda.path, &lt.path)?, &["cuInit: CUDA_ERROR_ILLEGAL_ADDRESS (700)"])?;
-    cuda.set(4, 35)?;
+    cuda.set(4, 35);
     declines(&open(adapter, &cuda.path, &lt.path)?, &["cuInit: CUDA error 35"])?;
-    cuda.set(4, 0)?;
-    let old = standin("cublaslt", &["old"])?;
+    cuda.set(4, 0);
+    let old = standin("cublaslt", &[]);
+    old.set(2, 110_000);
     declines(&open(adapter, &cuda.path, &old.path)?, &["is cuBLASLt 110000"])?;
-    let lacks = standin("cublaslt", &["lacks"])?;
+    let lacks = standin("cublaslt", &["cublasLtCreate"]);
     declines(&open(adapter, &cuda.path, &lacks.path)?, &["has no function cublasLtCreate"])
 }
 
 fn two_devices(adapter: &wgpu::Adapter) -> Result<(), Failed> {
-    let (cuda, lt) = (standin("cuda", &[])?, standin("cublaslt", &[])?);
+    let (cuda, lt) = (standin("cuda", &[]), standin("cublaslt", &[]));
     declines(&open(adapter, &cuda.path, &lt.path)?, &["none of CUDA's 2 devices"])?;
-    identify(adapter, &cuda)?;
+    let cuda = cuda.identify(adapter);
     let ctx = open(adapter, &cuda.path, &lt.path)?;
     let report = report(&ctx)?;
     let details = &report.routes[0].details;
     assert!(details.iter().any(|(_, value)| value == "Stand-in 101"), "{details:?}");
-    let log = cuda.log()?;
+    let log = cuda.log();
     assert!(log.contains("cuDevicePrimaryCtxRetain 101") && !log.contains("Retain 100"), "{log}");
     // The probe's lines: before anything is asked, and after.
     let caps = ctx.caps();
@@ -392,14 +315,14 @@ fn two_devices(adapter: &wgpu::Adapter) -> Result<(), Failed> {
 
 fn heuristic_decides(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     let (ctx, _cuda, lt) = opened(adapter, &[])?;
-    lt.set(0, 0)?;
+    lt.set(0, 0);
     falls_back(
         &ctx,
         &["cublaslt-nvfp4: cublasLtMatmulAlgoGetHeuristic: CUBLAS_STATUS_NOT_SUPPORTED"],
     )?;
     // It is asked anew for another shape, in another context.
     let (ctx, cuda, lt) = opened(adapter, &[])?;
-    lt.set(0, 1)?;
+    lt.set(0, 1);
     let operands = operands([40, 24, 96], [MXFP4; 2], 3)?;
     let matmul = Matmul::new(&ctx, &desc(&operands, Tier::Native))?;
     assert_eq!(matmul.tier(), Tier::Native);
@@ -416,7 +339,7 @@ fn heuristic_decides(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     };
     let options = Options { libraries, ..Default::default() };
     let careful = pollster::block_on(Context::on_adapter(adapter, &options))?;
-    lt.set(0, 4)?;
+    lt.set(0, 4);
     let small = Matmul::new(&careful, &desc(&operands, Tier::Auto))?;
     assert!(
         small.tier() != Tier::Native && small.why().contains("is below 68719476736"),
@@ -432,7 +355,7 @@ fn heuristic_decides(adapter: &wgpu::Adapter) -> Result<(), Failed> {
         large.why()
     );
     assert_eq!(Matmul::new(&careful, &desc(&operands, Tier::Native))?.tier(), Tier::Native);
-    lt.set(0, 1)?;
+    lt.set(0, 1);
     // Formats and shapes that no route takes.
     for (desc, word) in [
         (
@@ -442,6 +365,11 @@ fn heuristic_decides(adapter: &wgpu::Adapter) -> Result<(), Failed> {
         (MatmulDesc { a: DType::F16.into(), ..desc(&operands, Tier::Native) }, "A is f16"),
         (MatmulDesc { batch: 2, ..desc(&operands, Tier::Native) }, "batched"),
         (MatmulDesc { k: 0, ..desc(&operands, Tier::Native) }, "k = 0"),
+        // 2⁶⁴ bytes of sums.
+        (
+            MatmulDesc { m: (1 << 31) - 1, n: (1 << 31) - 1, ..desc(&operands, Tier::Native) },
+            "the sums have 18446744073709551615 bytes",
+        ),
     ] {
         says(&Matmul::new(&ctx, &desc).unwrap_err(), &[word])?;
     }
@@ -452,9 +380,9 @@ fn heuristic_decides(adapter: &wgpu::Adapter) -> Result<(), Failed> {
 fn descriptors(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     let (ctx, cuda, lt) = opened(adapter, &[])?;
     let operands = operands([50, 70, 100], [MXFP4; 2], 4)?;
-    lt.set(0, 1)?;
+    lt.set(0, 1);
     multiply(&ctx, &desc(&operands, Tier::Native), &operands)?;
-    let log = lt.log()?;
+    let log = lt.log();
     // cuBLASLt's A is our B, and everything is padded: n to 80, m to 64, k to 128.
     for line in [
         "desc compute 68 scale 0",
@@ -471,7 +399,7 @@ fn descriptors(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     assert!(log.contains("alpha 1 beta 0 stream 0x2000"), "{log}");
     let (ctx, _cuda, lt) = opened(adapter, &[])?;
     multiply(&ctx, &desc(&operands, Tier::Native), &operands)?;
-    let nvfp4 = lt.log()?;
+    let nvfp4 = lt.log();
     for line in [
         "attribute 31 size 4",
         "attribute 32 size 4",
@@ -482,7 +410,7 @@ fn descriptors(adapter: &wgpu::Adapter) -> Result<(), Failed> {
         assert!(nvfp4.lines().any(|found| found == line), "{line} is missing in\n{nvfp4}");
     }
     assert!(nvfp4.contains("modes: [1, 1]") && !nvfp4.contains("attribute 25"), "{nvfp4}");
-    let memory = cuda.log()?;
+    let memory = cuda.log();
     for line in memory.lines().filter(|line| line.starts_with("cuImportExternalMemory")) {
         assert!(line.contains("kind 1 ") && line.ends_with("reserved 0"), "{line}");
     }
@@ -497,7 +425,7 @@ fn end_to_end(
     formats: &[[MxSpec; 2]],
 ) -> Result<(), Failed> {
     let (ctx, _cuda, lt) = opened(adapter, &[])?;
-    lt.set(0, mode)?;
+    lt.set(0, mode);
     let mut products = 0;
     for (i, formats) in formats.iter().enumerate() {
         for shape in [[17, 9, 64], [40, 24, 96], [130, 70, 203]] {
@@ -514,8 +442,8 @@ fn end_to_end(
     let report = report(&ctx)?;
     let found = report.routes.iter().find(|found| found.name == route).ok_or("no such route")?;
     assert!(matches!(found.state, RouteState::Passed(_)), "{found:?}");
-    // The known-answer test has seven.
-    assert_eq!(report.traffic.products, products + 7);
+    // Each pair's known-answer test has seven.
+    assert_eq!(report.traffic.products, products + 7 * formats.len() as u64);
     assert_eq!(report.recomputed, 0);
     Ok(())
 }
@@ -539,15 +467,18 @@ fn block_scaled(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     end_to_end(adapter, 2, "cublaslt-mxfp8", &[[MXFP8_E4M3; 2]])
 }
 
+/// The version of cuDNN's stand-in.
+const CUDNN: u64 = 91_500;
+
 /// As [`opened`], with cuDNN's stand-in and without cuBLASLt's.
 fn opened_cudnn(
     adapter: &wgpu::Adapter,
-    cfgs: &[&str],
-    mode: u64,
+    without: &[&str],
+    settings: [u64; 2],
 ) -> Result<(Context, Standin, Standin), Failed> {
-    let (cuda, dnn) = (standin("cuda", &[])?, standin("cudnn", cfgs)?);
-    identify(adapter, &cuda)?;
-    dnn.set(0, mode)?;
+    let (cuda, dnn) = (standin("cuda", &[]).identify(adapter), standin("cudnn", without));
+    dnn.set(0, settings[0]);
+    dnn.set(1, settings[1]);
     let libraries = Libraries {
         cuda: Some(cuda.path.clone()),
         cudnn: Some(dnn.path.clone()),
@@ -562,7 +493,7 @@ fn opened_cudnn(
 fn cudnn(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     // With the first engine, and with the second where the first makes no plan.
     for (mode, engine) in [(1, 0), (1 | 2, 1)] {
-        let (ctx, _cuda, dnn) = opened_cudnn(adapter, &[], mode)?;
+        let (ctx, _cuda, dnn) = opened_cudnn(adapter, &[], [mode, CUDNN])?;
         let wide = MXFP4.with_block(microscaling::Block::Vector(64));
         for (shape, specs) in [
             ([50, 70, 100], [MXFP4; 2]),
@@ -576,7 +507,7 @@ fn cudnn(adapter: &wgpu::Adapter) -> Result<(), Failed> {
             check(&multiply(&ctx, &auto, &operands)?, &reference(&operands), ROUNDED)
                 .map_err(|error| format!("{shape:?}: {error:?}"))?;
         }
-        let log = dnn.log()?;
+        let log = dnn.log();
         assert!(!log.contains("refused"), "{log}");
         assert!(log.contains("stream 0x2000 of 0x7000"), "{log}");
         assert!(log.contains(&format!("product by engine {engine} with tensors [1, 2, 3, 4, 7]")));
@@ -624,16 +555,17 @@ fn cudnn(adapter: &wgpu::Adapter) -> Result<(), Failed> {
 }
 
 fn cudnn_declines(adapter: &wgpu::Adapter) -> Result<(), Failed> {
-    for (cfgs, mode, words) in [
-        (&["old"][..], 1, "is cuDNN 90600, 90700 is the oldest"),
-        (&["lacks"], 1, "has no function cudnnBackendCreateDescriptor"),
+    for (without, mode, words) in [
+        (&[][..], 1, "is cuDNN 90600, 90700 is the oldest"),
+        (&["cudnnBackendCreateDescriptor"], 1, "has no function cudnnBackendCreateDescriptor"),
         (&[], 0, "cudnn-mxfp4: cuDNN's heuristic offers no engine"),
         (&[], 1 | 4, "wants 1099511627776 bytes of scratch memory"),
         (&[], 1 | 32, "cudnnBackendFinalize: CUDNN_STATUS_NOT_SUPPORTED (3000) for the graph"),
         (&[], 1 | 16, "cudnn-mxfp4: known-answer test"),
         (&[], 1 | 8, "cudnnBackendExecute: CUDNN_STATUS_EXECUTION_FAILED (5000)"),
     ] {
-        let (ctx, _cuda, _dnn) = opened_cudnn(adapter, cfgs, mode)?;
+        let version = if words.contains("oldest") { 90_600 } else { CUDNN };
+        let (ctx, _cuda, _dnn) = opened_cudnn(adapter, without, [mode, version])?;
         declines(&ctx, &[words])?;
     }
     Ok(())
@@ -652,14 +584,13 @@ fn copies(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     if exports {
         assert_eq!([shared.traffic.to_library, shared.traffic.from_library], [0; 2]);
         assert!(shared.traffic.shared > 0 && shared.traffic.host_waits > 0);
-        assert!(!cuda.log()?.contains("cuMemcpy"));
+        assert!(!cuda.log().contains("cuMemcpy"));
     }
     // The driver lacks the functions, refuses the import, or the device was opened without.
-    let (ctx, _cuda, _lt) = opened(adapter, &["no_sharing"])?;
+    let (ctx, _cuda, _lt) = opened(adapter, &["cuImportExternalMemory"])?;
     let (refused, cuda, _lt2) = opened(adapter, &[])?;
-    cuda.set(5, 801)?;
-    let (cuda, lt) = (standin("cuda", &[])?, standin("cublaslt", &[])?);
-    identify(adapter, &cuda)?;
+    cuda.set(5, 801);
+    let (cuda, lt) = (standin("cuda", &[]).identify(adapter), standin("cublaslt", &[]));
     let libraries = Libraries {
         cuda: Some(cuda.path.clone()),
         cublaslt: Some(lt.path.clone()),
@@ -699,7 +630,7 @@ fn recomputed(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     let want = reference(&operands);
     for mode in [1, 4] {
         let (ctx, _cuda, lt) = opened(adapter, &[])?;
-        lt.set(0, mode)?;
+        lt.set(0, mode);
         let desc = desc(&operands, Tier::Native);
         check(&multiply(&ctx, &desc, &operands)?, &want, TENSOR)?;
         let first = report(&ctx)?;
@@ -732,7 +663,7 @@ fn planted(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     // Sums that are wrong in one place, and scales in another order than documented.
     for mode in [4 | 16, 4 | 8, 2 | 8] {
         let (ctx, _cuda, lt) = opened(adapter, &[])?;
-        lt.set(0, mode)?;
+        lt.set(0, mode);
         let specs = if mode & 2 != 0 { [MXFP8_E4M3; 2] } else { [MXFP4; 2] };
         let operands = operands([40, 24, 96], specs, 8)?;
         let auto = desc(&operands, Tier::Auto);
@@ -746,7 +677,7 @@ fn planted(adapter: &wgpu::Adapter) -> Result<(), Failed> {
 
 fn failure(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     let (ctx, _cuda, lt) = opened(adapter, &[])?;
-    lt.set(0, 4)?;
+    lt.set(0, 4);
     let operands = operands([40, 24, 96], [MXFP4; 2], 9)?;
     let want = reference(&operands);
     let auto = desc(&operands, Tier::Auto);
@@ -762,7 +693,7 @@ fn failure(adapter: &wgpu::Adapter) -> Result<(), Failed> {
         Ok(bytemuck::pod_collect_to_vec(&ctx.read_blocking(&y)?))
     };
     check(&run(&matmul)?, &want, ROUNDED)?;
-    lt.set(1, 0)?;
+    lt.set(1, 0);
     // The product that was begun ends in the next tier, and by name it is an error.
     check(&run(&matmul)?, &want, TENSOR)?;
     says(&run(&named).unwrap_err(), &["cublasLtMatmul: cuBLAS status 13"])?;
@@ -774,11 +705,11 @@ fn failure(adapter: &wgpu::Adapter) -> Result<(), Failed> {
 
 fn lost_queue(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     let (ctx, cuda, lt) = opened(adapter, &[])?;
-    lt.set(0, 4)?;
+    lt.set(0, 4);
     let operands = operands([40, 24, 96], [MXFP4; 2], 9)?;
     let native = desc(&operands, Tier::Native);
     multiply(&ctx, &native, &operands)?;
-    cuda.set(3, 700)?;
+    cuda.set(3, 700);
     let error = multiply(&ctx, &native, &operands).unwrap_err();
     says(&error, &["CUDA_ERROR_ILLEGAL_ADDRESS"])?;
     // Nothing of wgpu's waited for it: other tiers go on, and no route of that driver's is chosen again.
@@ -788,7 +719,7 @@ fn lost_queue(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     assert!(reason(&report(&ctx)?, "cublaslt-fp8")?.contains("ILLEGAL_ADDRESS"));
     // A queue that fails in the known-answer test disables the routes, not the device.
     let (ctx, cuda, _lt) = opened(adapter, &[])?;
-    cuda.set(3, 700)?;
+    cuda.set(3, 700);
     assert_ne!(Matmul::new(&ctx, &auto)?.tier(), Tier::Native);
     check(&multiply(&ctx, &auto, &operands)?, &reference(&operands), TENSOR)?;
     Ok(())
@@ -797,8 +728,8 @@ fn lost_queue(adapter: &wgpu::Adapter) -> Result<(), Failed> {
 /// A product recorded for another context of the same adapter.
 fn foreign_stream(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     let ((ctx, _cuda, lt), (other, _cuda2, lt2)) = (opened(adapter, &[])?, opened(adapter, &[])?);
-    lt.set(0, 4)?;
-    lt2.set(0, 4)?;
+    lt.set(0, 4);
+    lt2.set(0, 4);
     let operands = operands([40, 24, 96], [MXFP4; 2], 16)?;
     for tier in [Tier::Auto, Tier::Native] {
         let matmul = Matmul::new(&ctx, &desc(&operands, tier))?;
@@ -822,7 +753,7 @@ fn foreign_stream(adapter: &wgpu::Adapter) -> Result<(), Failed> {
 /// What was chosen before its route failed declines after.
 fn disabled_meanwhile(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     let (ctx, _cuda, lt) = opened(adapter, &[])?;
-    lt.set(0, 4)?;
+    lt.set(0, 4);
     let operands = operands([40, 24, 96], [MXFP4; 2], 17)?;
     let [first, second] = [
         Matmul::new(&ctx, &desc(&operands, Tier::Native))?,
@@ -830,37 +761,124 @@ fn disabled_meanwhile(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     ];
     let [a, b] = [ctx.upload_mx(&operands[0])?, ctx.upload_mx(&operands[1])?];
     let mut y = ctx.zeros(DType::F32, 40, 24)?;
-    lt.set(1, 0)?;
+    lt.set(1, 0);
     says(&first.record(&mut ctx.stream(), &a, &b, &mut y).unwrap_err(), &["status 13"])?;
-    let calls = lt.log()?.len();
+    let calls = lt.log().len();
     says(&second.record(&mut ctx.stream(), &a, &b, &mut y).unwrap_err(), &["status 13"])?;
-    assert_eq!(lt.log()?.len(), calls);
+    assert_eq!(lt.log().len(), calls);
     Ok(())
 }
 
 /// Memory that the driver does not give is one product's loss.
 fn out_of_memory(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     let (ctx, cuda, lt) = opened(adapter, &[])?;
-    lt.set(0, 4)?;
+    lt.set(0, 4);
     let small = operands([40, 24, 96], [MXFP4; 2], 18)?;
     check(&multiply(&ctx, &desc(&small, Tier::Auto), &small)?, &reference(&small), ROUNDED)?;
     let before = report(&ctx)?;
-    cuda.set(5, 2)?;
-    cuda.set(6, 2)?;
+    cuda.set(5, 2);
+    cuda.set(6, 2);
     let large = operands([320, 200, 96], [MXFP4; 2], 18)?;
     check(&multiply(&ctx, &desc(&large, Tier::Auto), &large)?, &reference(&large), TENSOR)?;
     let error = multiply(&ctx, &desc(&large, Tier::Native), &large).unwrap_err();
     says(&error, &["CUDA error 2"])?;
-    cuda.set(5, 0)?;
-    cuda.set(6, 0)?;
+    cuda.set(5, 0);
+    cuda.set(6, 0);
     check(&multiply(&ctx, &desc(&large, Tier::Native), &large)?, &reference(&large), ROUNDED)?;
     assert_eq!(report(&ctx)?.sharing, before.sharing);
     Ok(())
 }
 
+/// One code that the library takes for another number: of E2M1, of E4M3, and of E4M3 as E2M1 becomes it. Scales as well: those
+/// of NVFP4 are E4M3.
+fn wrong_codes(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    for (mode, spec, wrong) in [
+        (4, MXFP4, 33 * 256 + 0x7),
+        (4, NVFP4, 33 * 256 + 0xd),
+        (2, MXFP8_E4M3, 28 * 256 + 0xfe),
+        // 6 · 2^6, and 0.5 · 2^6.
+        (1, MXFP4, 28 * 256 + 0x7c),
+        (1, MXFP4, 28 * 256 + 0x60),
+    ] {
+        let (ctx, _cuda, lt) = opened(adapter, &[])?;
+        lt.set(0, mode);
+        lt.set(3, wrong + 1);
+        let native = desc(&operands([40, 24, 96], [spec; 2], 19)?, Tier::Native);
+        let error = Matmul::new(&ctx, &native).unwrap_err();
+        says(&error, &[&format!("known-answer test of {spec} × {spec}: output")])
+            .map_err(|error| format!("{wrong:#x}: {error:?}"))?;
+    }
+    Ok(())
+}
+
+/// What a context makes with the libraries it destroys, whatever became of it, and the driver's context last.
+fn nothing_left(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let operands = operands([40, 24, 96], [MXFP4; 2], 20)?;
+    let (auto, want) = (desc(&operands, Tier::Auto), reference(&operands));
+    // cuBLASLt's mode, the settings of the driver, of cuBLASLt: a product in memory that is shared or copied; refused; wrong;
+    // failing; no workspace; a queue that fails; another version.
+    for (mode, driver, library) in [
+        (4, None, None),
+        (4, Some((5, 801)), None),
+        (0, None, None),
+        (4 | 16, None, None),
+        (4 | 32, None, None),
+        (4, Some((6, 2)), None),
+        (4, Some((3, 700)), None),
+        (4, None, Some((2, 110_000))),
+    ] {
+        let (cuda, lt) = (standin("cuda", &[]).identify(adapter), standin("cublaslt", &[]));
+        lt.set(0, mode);
+        driver.inspect(|(key, value)| cuda.set(*key, *value));
+        library.inspect(|(key, value)| lt.set(*key, *value));
+        let ctx = open(adapter, &cuda.path, &lt.path)?;
+        check(&multiply(&ctx, &auto, &operands)?, &want, TENSOR)?;
+        // A driver that no route came of is gone already.
+        let opened = !matches!((driver, library), (Some((6, _)), _) | (_, Some(_)));
+        assert_eq!(cuda.left().contains("context 0x65"), opened, "{}", cuda.left());
+        drop(ctx);
+        assert_eq!(cuda.left() + &lt.left(), "", "{mode} {driver:?} {library:?}");
+    }
+    for mode in [1, 0, 1 | 4, 1 | 8, 1 | 16] {
+        let (ctx, cuda, dnn) = opened_cudnn(adapter, &[], [mode, CUDNN])?;
+        check(&multiply(&ctx, &auto, &operands)?, &want, TENSOR)?;
+        assert!(mode == 0 || dnn.left().contains("handle 0x7000"), "{}", dnn.left());
+        drop(ctx);
+        assert_eq!(cuda.left() + &dnn.left(), "", "{mode}");
+    }
+    // Products outlive their context.
+    let (ctx, cuda, lt) = opened(adapter, &[])?;
+    let matmul = Matmul::new(&ctx, &MatmulDesc { tier: Tier::Native, ..auto })?;
+    drop(ctx);
+    assert!(lt.left().contains("handle"));
+    drop(matmul);
+    assert_eq!(cuda.left() + &lt.left(), "");
+    Ok(())
+}
+
+/// Ever other shapes do not fill the memory, and old ones are as good as new.
+fn many_shapes(adapter: &wgpu::Adapter) -> Result<(), Failed> {
+    let (ctx, _cuda, dnn) = opened_cudnn(adapter, &[], [1, CUDNN])?;
+    let operands = operands([40, 24, 96], [MXFP4; 2], 21)?;
+    let desc = desc(&operands, Tier::Native);
+    multiply(&ctx, &desc, &operands)?;
+    let plans = || dnn.left().lines().filter(|line| line.starts_with("plan ")).count();
+    assert_eq!(plans(), 2);
+    let mut most = 0;
+    for i in 1..=600 {
+        Matmul::new(&ctx, &MatmulDesc { k: 128 * i, ..desc })?;
+        most = most.max(plans());
+    }
+    assert_eq!(most, 256);
+    check(&multiply(&ctx, &desc, &operands)?, &reference(&operands), ROUNDED)?;
+    drop(ctx);
+    assert_eq!(dnn.left(), "");
+    Ok(())
+}
+
 fn host_encoder(adapter: &wgpu::Adapter) -> Result<(), Failed> {
     let (ctx, _cuda, lt) = opened(adapter, &[])?;
-    lt.set(0, 4)?;
+    lt.set(0, 4);
     let operands = operands([40, 24, 96], [MXFP4; 2], 10)?;
     let auto = Matmul::new(&ctx, &desc(&operands, Tier::Auto))?;
     let named = Matmul::new(&ctx, &desc(&operands, Tier::Native))?;

@@ -8,10 +8,10 @@ mod common;
 #[cfg(target_os = "linux")]
 #[path = "emulator/mod.rs"]
 mod machine;
+#[path = "common/standin.rs"]
+mod standin;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use microscaling::native::{Libraries, RouteState};
@@ -19,6 +19,8 @@ use microscaling::{
     Axis, Context, DType, Error, Layout, MXFP4, MXFP6_E2M3, MXFP8_E4M3, MXFP8_E5M2, Matmul,
     MatmulDesc, MxSpec, MxTensor, NVFP4, Options, Tier, engine, wgpu,
 };
+
+use standin::Standin;
 
 type Test = fn(&Bench) -> Result<(), Failed>;
 
@@ -37,6 +39,9 @@ const SUITE: &[(&str, Test)] = &[
     ("missing_libraries", missing_libraries),
     ("own_kernel_that_cannot_be", own_kernel_refused),
     ("wrong_answers_disable", wrong_answers),
+    ("a_pair_that_is_wrong_disables", wrong_pair),
+    ("a_code_that_is_wrong_disables", wrong_codes),
+    ("a_dropped_context_leaves_nothing", nothing_left),
     ("failures_disable", failures),
     ("failing_queue", failing_queue),
 ];
@@ -49,7 +54,7 @@ fn main() {
     let adapter = adapters.into_iter().find(|a| a.get_info().backend == wgpu::Backend::Vulkan);
     assert!(mode != "require" || adapter.is_some(), "MX_TEST_GPU=require, but no Vulkan adapter");
     // hiprtc has no place in the options.
-    let bench = adapter.map(Bench::new);
+    let bench = adapter.map(|adapter| Bench { adapter });
     let trials = SUITE
         .iter()
         .map(|(name, test)| match bench.clone() {
@@ -73,70 +78,24 @@ enum Key {
     Failure = 5,
     FailAfter = 6,
     Wrong = 7,
-    Compile = 8,
     Load = 9,
     Queue = 10,
     Both = 11,
     #[cfg(target_os = "linux")]
     Emulate = 12,
+    Code = 14,
+    Compile = 15,
 }
 
 #[derive(Clone)]
 struct Bench {
     adapter: wgpu::Adapter,
-    dir: std::sync::Arc<tempfile::TempDir>,
-    uuid: [u64; 2],
 }
-
-/// A stand-in of a test's own.
-struct Standin {
-    path: PathBuf,
-    library: libloading::Library,
-}
-
-static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 impl Bench {
-    fn new(adapter: wgpu::Adapter) -> Bench {
-        let dir = tempfile::tempdir().unwrap();
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/standins/hip.rs");
-        let output = Command::new(std::env::var("RUSTC").unwrap_or_else(|_| "rustc".into()))
-            .args(["--edition", "2024", "--crate-type", "cdylib", "-C", "opt-level=2", "-o"])
-            .args([&dir.path().join("standin.so"), &source])
-            .output()
-            .expect("rustc");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let mut bench = Bench { adapter, dir: dir.into(), uuid: [0; 2] };
-        // The device's UUID, as the route says it when it finds no such device.
-        let standin = bench.standin(&[]);
-        let text = bench.reasons(&bench.open(&standin));
-        let uuid = text.split("UUID ").nth(1).and_then(|rest| rest.get(..32)).expect(&text);
-        bench.uuid = [0, 16].map(|at| u64::from_str_radix(&uuid[at..at + 16], 16).unwrap());
-        bench
-    }
-
     /// A stand-in without these functions.
     fn standin(&self, without: &[&str]) -> Standin {
-        let mut bytes = std::fs::read(self.dir.path().join("standin.so")).unwrap();
-        for name in without {
-            let name = format!("\0{name}\0");
-            let places: Vec<usize> = (0..bytes.len() - name.len())
-                .filter(|at| &bytes[*at..*at + name.len()] == name.as_bytes())
-                .collect();
-            assert!(!places.is_empty(), "the stand-in has no {name}");
-            for at in places {
-                bytes[at + 1] = b'_';
-            }
-        }
-        let number = NUMBER.fetch_add(1, Ordering::SeqCst);
-        let path = self.dir.path().join(format!("libhip-{number}.so"));
-        std::fs::write(&path, bytes).unwrap();
-        // SAFETY: the library has no initialisers but Rust's own.
-        let library = unsafe { libloading::Library::new(&path) }.unwrap();
-        let standin = Standin { path, library };
-        standin.set(Key::Uuid, self.uuid[0]);
-        standin.set_number(1, self.uuid[1]);
-        standin
+        standin::standin("hip", without).identify(&self.adapter)
     }
 
     /// A context of its own, with the stand-in as all of AMD's libraries.
@@ -165,36 +124,14 @@ impl Bench {
 
     /// Why no route takes a product.
     fn reasons(&self, ctx: &Context) -> String {
-        match Matmul::new(ctx, &desc([33, 40, 256], MXFP4, MXFP4, Tier::Native)) {
-            Err(Error::Unsupported { has, .. }) => has,
-            other => panic!("{other:?}"),
-        }
+        reasons(ctx, MXFP4, MXFP4)
     }
 }
 
-impl Standin {
-    fn set(&self, key: Key, value: u64) {
-        self.set_number(key as u32, value);
-    }
-
-    fn set_number(&self, key: u32, value: u64) {
-        // SAFETY: the signature is the stand-in's.
-        unsafe {
-            let set: libloading::Symbol<unsafe extern "C" fn(u32, u64)> =
-                self.library.get(b"standin_set").unwrap();
-            set(key, value);
-        }
-    }
-
-    fn log(&self) -> String {
-        // SAFETY: the signature is the stand-in's, and the second call has room for all of it.
-        unsafe {
-            let log: libloading::Symbol<unsafe extern "C" fn(*mut u8, usize) -> usize> =
-                self.library.get(b"standin_log").unwrap();
-            let mut text = vec![0; log(std::ptr::null_mut(), 0)];
-            log(text.as_mut_ptr(), text.len());
-            String::from_utf8(text).unwrap()
-        }
+fn reasons(ctx: &Context, a: MxSpec, b: MxSpec) -> String {
+    match Matmul::new(ctx, &desc([33, 40, 256], a, b, Tier::Native)) {
+        Err(Error::Unsupported { has, .. }) => has,
+        other => panic!("{other:?}"),
     }
 }
 
@@ -304,7 +241,7 @@ fn plain(bench: &Bench) -> Result<(), Failed> {
 
 fn swizzled(bench: &Bench) -> Result<(), Failed> {
     let standin = bench.standin(&[]);
-    standin.set(Key::Modes, 2);
+    standin.set(Key::Modes as u32, 2);
     let ctx = bench.open(&standin);
     contains(&right(&ctx, SHAPE, MXFP4, MXFP4, Tier::Native), "hipblaslt-mx-swizzled:")?;
     let log = standin.log();
@@ -329,13 +266,13 @@ fn formats(bench: &Bench) -> Result<(), Failed> {
 
 fn own_kernel(bench: &Bench) -> Result<(), Failed> {
     let standin = bench.standin(&[]);
-    standin.set(Key::Modes, 0);
+    standin.set(Key::Modes as u32, 0);
     let ctx = bench.open(&standin);
     contains(&right(&ctx, [150, 40, 200], MXFP4, MXFP4, Tier::Native), "hip-mxfp4:")?;
     let log = standin.log();
     contains(
         &log,
-        "hiprtcCreateProgram mxf4 headers 0 kernel true\nhiprtc option --offload-arch=gfx950\nhiprtcDestroyProgram",
+        "hiprtcCreateProgram mxf4 headers 0 kernel true\nhiprtcCompileProgram --offload-arch=gfx950\nhiprtcDestroyProgram",
     )?;
     contains(
         &log,
@@ -356,9 +293,9 @@ fn own_kernel(bench: &Bench) -> Result<(), Failed> {
 fn own_kernel_emulated(bench: &Bench) -> Result<(), Failed> {
     let program = machine::Program::new(machine::HIP_16);
     let standin = bench.standin(&[]);
-    standin.set(Key::Modes, 0);
-    standin.set(Key::Emulate, program.address());
-    standin.set_number(13, program.kernel.tensor as usize as u64);
+    standin.set(Key::Modes as u32, 0);
+    standin.set(Key::Emulate as u32, program.address());
+    standin.set(13, program.kernel.tensor as usize as u64);
     let ctx = bench.open(&standin);
     for shape in [SHAPE, [150, 40, 96], [129, 130, 64]] {
         contains(&right(&ctx, shape, MXFP4, MXFP4, Tier::Native), "hip-mxfp4:")?;
@@ -370,8 +307,8 @@ fn own_kernel_emulated(bench: &Bench) -> Result<(), Failed> {
 
 fn heuristic_refuses(bench: &Bench) -> Result<(), Failed> {
     let standin = bench.standin(&[]);
-    standin.set(Key::Modes, 0);
-    standin.set(Key::Compile, 6);
+    standin.set(Key::Modes as u32, 0);
+    standin.set(Key::Compile as u32, 6);
     let ctx = bench.open(&standin);
     let text = bench.reasons(&ctx);
     for what in [
@@ -412,12 +349,19 @@ fn other_formats(bench: &Bench) -> Result<(), Failed> {
 }
 
 fn missing_functions(bench: &Bench) -> Result<(), Failed> {
-    for name in ["hipInit", "hipMemcpyAsync", "hipGetErrorName", "hipDeviceGetPCIBusId"] {
+    for name in
+        ["hipInit", "hipMemcpyAsync", "hipGetErrorName", "hipDeviceGetPCIBusId", "hipStreamDestroy"]
+    {
         let standin = bench.standin(&[name]);
         let ctx = bench.open(&standin);
         contains(&bench.reasons(&ctx), &format!("has no function {name}"))?;
     }
-    for name in ["hipblasLtMatmul", "hipblasLtGetVersion", "hipblasLtMatmulAlgoGetHeuristic"] {
+    for name in [
+        "hipblasLtMatmul",
+        "hipblasLtGetVersion",
+        "hipblasLtMatmulAlgoGetHeuristic",
+        "hipblasLtDestroy",
+    ] {
         let standin = bench.standin(&[name]);
         let ctx = bench.open(&standin);
         // The kernel needs none of them.
@@ -430,15 +374,19 @@ fn missing_functions(bench: &Bench) -> Result<(), Failed> {
     }
     let standin = bench.standin(&["hiprtcGetCode", "hipImportExternalMemory"]);
     contains(&right(&bench.open(&standin), SHAPE, MXFP4, MXFP4, Tier::Native), "hipblaslt-mx:")?;
-    let standin = bench.standin(&["hipModuleLaunchKernel"]);
-    standin.set(Key::Modes, 0);
-    contains(&bench.reasons(&bench.open(&standin)), "hip-mxfp4: ")?;
-    contains(&bench.reasons(&bench.open(&standin)), "has no function hipModuleLaunchKernel")
+    for name in ["hipModuleLaunchKernel", "hipModuleUnload"] {
+        let standin = bench.standin(&[name]);
+        standin.set(Key::Modes as u32, 0);
+        let reasons = bench.reasons(&bench.open(&standin));
+        contains(&reasons, "hip-mxfp4: ")?;
+        contains(&reasons, &format!("has no function {name}"))?;
+    }
+    Ok(())
 }
 
 fn versions(bench: &Bench) -> Result<(), Failed> {
     let standin = bench.standin(&[]);
-    standin.set(Key::Version, 60_443_484);
+    standin.set(Key::Version as u32, 60_443_484);
     let ctx = bench.open(&standin);
     contains(&bench.reasons(&ctx), "HIP 6.4.43484 is too old, 7.0.0 is the oldest that will do")?;
     contains(
@@ -446,17 +394,17 @@ fn versions(bench: &Bench) -> Result<(), Failed> {
         "hipblaslt-mx, hipblaslt-mx-swizzled, hip-mxfp4: HIP 6.4",
     )?;
     let standin = bench.standin(&[]);
-    standin.set(Key::BlasVersion, 1_201);
-    standin.set(Key::Compile, 1);
+    standin.set(Key::BlasVersion as u32, 1_201);
+    standin.set(Key::Compile as u32, 1);
     contains(
         &bench.reasons(&bench.open(&standin)),
         "is hipBLASLt 0.12.1, 1.0.0 is the oldest that will do",
     )?;
     // Up to 1.2 the swizzled mode has another number: not asked for.
     let standin = bench.standin(&[]);
-    standin.set(Key::BlasVersion, 100_202);
-    standin.set(Key::Modes, 2);
-    standin.set(Key::Compile, 1);
+    standin.set(Key::BlasVersion as u32, 100_202);
+    standin.set(Key::Modes as u32, 2);
+    standin.set(Key::Compile as u32, 1);
     let text = bench.reasons(&bench.open(&standin));
     contains(
         &text,
@@ -468,12 +416,12 @@ fn versions(bench: &Bench) -> Result<(), Failed> {
 
 fn devices(bench: &Bench) -> Result<(), Failed> {
     let standin = bench.standin(&[]);
-    standin.set(Key::Uuid, !bench.uuid[0]);
+    standin.set(Key::Uuid as u32, 1);
     let text = bench.reasons(&bench.open(&standin));
     contains(&text, "none of HIP's 2 devices is the one that is open")?;
     contains(&text, "they are at 0000:c3:00.0, 0000:c4:00.0")?;
     let standin = bench.standin(&[]);
-    standin.set(Key::Both, 1);
+    standin.set(Key::Both as u32, 1);
     contains(
         &bench.reasons(&bench.open(&standin)),
         "2 of HIP's devices, 0000:c3:00.0, 0000:c4:00.0, answer",
@@ -497,9 +445,9 @@ fn missing_libraries(bench: &Bench) -> Result<(), Failed> {
 
 fn own_kernel_refused(bench: &Bench) -> Result<(), Failed> {
     let standin = bench.standin(&[]);
-    standin.set(Key::Modes, 0);
+    standin.set(Key::Modes as u32, 0);
     // Of another device than gfx950.
-    standin.set(Key::Load, 209);
+    standin.set(Key::Load as u32, 209);
     let text = bench.reasons(&bench.open(&standin));
     contains(&text, "hip-mxfp4: hipModuleLoadData: hipErrorNoBinaryForGpu (209)")
 }
@@ -510,15 +458,88 @@ fn wrong_answers(bench: &Bench) -> Result<(), Failed> {
         [(2, 1, "hipblaslt-mx-swizzled"), (1, 2, "hipblaslt-mx"), (0, 2, "hip-mxfp4")]
     {
         let standin = bench.standin(&[]);
-        standin.set(Key::Modes, modes);
-        standin.set(Key::Wrong, wrong);
+        standin.set(Key::Modes as u32, modes);
+        standin.set(Key::Wrong as u32, wrong);
         if route != "hip-mxfp4" {
-            standin.set(Key::Compile, 1);
+            standin.set(Key::Compile as u32, 1);
         }
         let ctx = bench.open(&standin);
-        contains(&bench.reasons(&ctx), &format!("{route}: known-answer test: output"))?;
+        contains(
+            &bench.reasons(&ctx),
+            &format!("{route}: known-answer test of mxfp4/1x32 × mxfp4/1x32: output"),
+        )?;
         let next = right(&ctx, SHAPE, MXFP4, MXFP4, Tier::Auto);
         contains(&next, &format!("{route}: known-answer test"))?;
+    }
+    Ok(())
+}
+
+/// Each pair of formats is tested before its own first product; one that is wrong says something of the device.
+fn wrong_pair(bench: &Bench) -> Result<(), Failed> {
+    let standin = bench.standin(&[]);
+    standin.set(Key::Modes as u32, 1);
+    standin.set(Key::Compile as u32, 1);
+    standin.set(Key::Wrong as u32, 4);
+    let ctx = bench.open(&standin);
+    contains(&right(&ctx, SHAPE, MXFP4, MXFP4, Tier::Native), "hipblaslt-mx:")?;
+    contains(&right(&ctx, SHAPE, MXFP8_E5M2, MXFP8_E4M3, Tier::Native), "hipblaslt-mx:")?;
+    let wrong = "hipblaslt-mx: known-answer test of mxfp8-e4m3/1x32 × mxfp8-e5m2/1x32: output";
+    contains(&reasons(&ctx, MXFP8_E4M3, MXFP8_E5M2), wrong)?;
+    contains(&right(&ctx, SHAPE, MXFP8_E4M3, MXFP8_E5M2, Tier::Auto), wrong)?;
+    // From then on nothing goes there.
+    contains(&right(&ctx, SHAPE, MXFP4, MXFP4, Tier::Auto), wrong)?;
+    let report = pollster::block_on(ctx.native())?;
+    let route = report.routes.iter().find(|route| route.name == "hipblaslt-mx").unwrap();
+    let RouteState::Disabled(reason) = &route.state else { panic!("{route:?}") };
+    contains(reason, "known-answer test of mxfp8-e4m3/1x32 × mxfp8-e5m2/1x32")
+}
+
+/// One code of a format that is taken for another number, on either side.
+fn wrong_codes(bench: &Bench) -> Result<(), Failed> {
+    for (kind, spec, other, codes) in [
+        (33, MXFP4, MXFP4, &[0x0, 0x1, 0x6, 0x7, 0x8, 0xf][..]),
+        (28, MXFP8_E4M3, MXFP4, &[0x01, 0x53, 0x7e, 0x80, 0xfe]),
+        (29, MXFP8_E5M2, MXFP8_E4M3, &[0x01, 0x7b, 0xa5, 0xfb]),
+    ] {
+        for (i, code) in codes.iter().enumerate() {
+            let standin = bench.standin(&[]);
+            standin.set(Key::Modes as u32, 1);
+            standin.set(Key::Compile as u32, 1);
+            standin.set(Key::Code as u32, kind * 256 + code + 1);
+            let pair = if i % 2 == 0 { [spec, other] } else { [other, spec] };
+            let text = reasons(&bench.open(&standin), pair[0], pair[1]);
+            contains(&text, &format!("known-answer test of {} × {}: output", pair[0], pair[1]))
+                .map_err(|error| format!("{code:#x}: {error:?}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// What a context makes with the libraries it destroys, whatever became of it, and the stream last.
+fn nothing_left(bench: &Bench) -> Result<(), Failed> {
+    for (key, value) in [
+        (Key::Modes, 3),
+        (Key::Modes, 2),
+        // The kernel; a kernel that does not compile, or not load.
+        (Key::Modes, 0),
+        (Key::Compile, 6),
+        (Key::Load, 209),
+        (Key::BlasVersion, 99_999),
+        (Key::Wrong, 2),
+        (Key::Failure, 5),
+        (Key::Queue, 719),
+    ] {
+        let standin = bench.standin(&[]);
+        standin.set(Key::FailAfter as u32, 7);
+        standin.set(key as u32, value);
+        if matches!(key, Key::Load) {
+            standin.set(Key::Modes as u32, 0);
+        }
+        let ctx = bench.open(&standin);
+        right(&ctx, SHAPE, MXFP4, MXFP4, Tier::Auto);
+        contains(&standin.left(), "stream 0x2000")?;
+        drop(ctx);
+        assert_eq!(standin.left(), "", "{} {value}", key as u32);
     }
     Ok(())
 }
@@ -526,9 +547,9 @@ fn wrong_answers(bench: &Bench) -> Result<(), Failed> {
 /// A library that fails after the known-answer test: the product is computed all the same, and the route not used again.
 fn failures(bench: &Bench) -> Result<(), Failed> {
     let standin = bench.standin(&[]);
-    standin.set(Key::Failure, 5);
+    standin.set(Key::Failure as u32, 5);
     // The seven products of the known-answer test.
-    standin.set(Key::FailAfter, 7);
+    standin.set(Key::FailAfter as u32, 7);
     let ctx = bench.open(&standin);
     right(&ctx, SHAPE, MXFP4, MXFP4, Tier::Auto);
     let report = pollster::block_on(ctx.native())?;
@@ -539,7 +560,7 @@ fn failures(bench: &Bench) -> Result<(), Failed> {
 
 fn failing_queue(bench: &Bench) -> Result<(), Failed> {
     let standin = bench.standin(&[]);
-    standin.set(Key::Queue, 719);
+    standin.set(Key::Queue as u32, 719);
     let ctx = bench.open(&standin);
     contains(&bench.reasons(&ctx), "hipErrorLaunchFailure (719)")?;
     right(&ctx, SHAPE, MXFP4, MXFP4, Tier::Auto);

@@ -1,5 +1,5 @@
 //! The crate's own CUDA kernel from tensors to y: packed on a software adapter, handed to a stand-in for CUDA
-//! (tests/standins/cuda_kernel.rs), run there on emulated tensor cores (tests/emulator), and finished on the adapter again. And
+//! (tests/standins), run there on emulated tensor cores (tests/emulator), and finished on the adapter again. And
 //! what is said where it cannot be compiled, loaded or launched.
 //!
 //! Stamped on the first Vulkan adapter; without one the tests show as ignored. With `MX_NATIVE_TOOLS` (tests/codegen.rs)
@@ -9,6 +9,9 @@ mod common;
 #[cfg(target_os = "linux")]
 #[path = "emulator/mod.rs"]
 mod machine;
+#[cfg(target_os = "linux")]
+#[path = "common/standin.rs"]
+mod standin;
 
 #[cfg(not(target_os = "linux"))]
 fn main() {}
@@ -21,11 +24,8 @@ fn main() {
 #[cfg(target_os = "linux")]
 mod suite {
     use std::path::{Path, PathBuf};
-    use std::process::Command;
     use std::sync::Arc;
-    use std::sync::atomic::{AtomicU32, Ordering};
 
-    use ash::vk;
     use libtest_mimic::{Arguments, Failed, Trial};
     use microscaling::native::{Libraries, RouteState};
     use microscaling::{
@@ -33,6 +33,7 @@ mod suite {
         Options, Tier, engine, wgpu,
     };
 
+    use super::standin::{Standin, standin};
     use super::{common, machine};
 
     type Test = fn(&Bench) -> Result<(), Failed>;
@@ -86,58 +87,31 @@ mod suite {
         libtest_mimic::run(&args, trials).exit();
     }
 
-    /// What tests set; the numbers are the stand-in's.
+    /// What tests set; the numbers are the driver's stand-in's.
     enum Key {
-        Uuid = 0,
-        Capability = 2,
-        Emulate = 3,
-        Tensor = 4,
-        Compile = 5,
-        Load = 6,
-        Launch = 7,
+        Capability = 7,
+        Emulate = 8,
+        Tensor = 9,
+        Load = 10,
+        Launch = 11,
     }
 
     #[derive(Clone)]
     struct Bench {
         adapter: wgpu::Adapter,
-        dir: Arc<tempfile::TempDir>,
         program: Arc<machine::Program>,
         nvrtc: Option<PathBuf>,
     }
 
-    /// A stand-in of a test's own.
-    struct Standin {
-        path: PathBuf,
-        library: libloading::Library,
-    }
-
-    static NUMBER: AtomicU32 = AtomicU32::new(0);
-
     impl Bench {
         fn new(adapter: wgpu::Adapter, nvrtc: Option<PathBuf>) -> Bench {
-            let dir = tempfile::tempdir().unwrap();
-            let source =
-                Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/standins/cuda_kernel.rs");
-            let output = Command::new(std::env::var("RUSTC").unwrap_or_else(|_| "rustc".into()))
-                .args(["--edition", "2024", "--crate-type", "cdylib", "-C", "opt-level=2", "-o"])
-                .args([&dir.path().join("standin.so"), &source])
-                .output()
-                .expect("rustc");
-            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-            let program = Arc::new(machine::Program::new(machine::CUDA));
-            Bench { adapter, dir: dir.into(), program, nvrtc }
+            Bench { adapter, program: Arc::new(machine::Program::new(machine::CUDA)), nvrtc }
         }
 
+        /// A driver. Operands are copied: the emulator is to see nothing beside them.
         fn standin(&self) -> Standin {
-            let number = NUMBER.fetch_add(1, Ordering::SeqCst);
-            let path = self.dir.path().join(format!("libcuda-{number}.so"));
-            std::fs::copy(self.dir.path().join("standin.so"), &path).unwrap();
-            // SAFETY: the library has no initialisers but Rust's own.
-            let library = unsafe { libloading::Library::new(&path) }.unwrap();
-            let standin = Standin { path, library };
-            let uuid = u128::from_be_bytes(self.uuid());
-            standin.set(Key::Uuid as u32, (uuid >> 64) as u64);
-            standin.set(1, uuid as u64);
+            let standin = standin("cuda", &["cuImportExternalMemory"]).identify(&self.adapter);
+            standin.set(Key::Capability as u32, 120);
             self.emulate(&standin, &self.program);
             standin
         }
@@ -147,24 +121,11 @@ mod suite {
             standin.set(Key::Tensor as u32, program.kernel.tensor as usize as u64);
         }
 
-        /// The UUID that Vulkan gives the adapter.
-        fn uuid(&self) -> [u8; 16] {
-            // SAFETY: the handles are only used within this function.
-            unsafe {
-                let hal = self.adapter.as_hal::<wgpu::hal::api::Vulkan>().unwrap();
-                let mut id = vk::PhysicalDeviceIDProperties::default();
-                let mut all = vk::PhysicalDeviceProperties2::default().push_next(&mut id);
-                let instance = hal.shared_instance().raw_instance();
-                instance.get_physical_device_properties2(hal.raw_physical_device(), &mut all);
-                id.device_uuid
-            }
-        }
-
-        /// A context of its own, with the stand-in as driver and, if no other is given, as compiler.
-        fn open(&self, standin: &Standin, nvrtc: Option<&Path>) -> Context {
+        /// A context of its own, with the stand-in as driver.
+        fn open(&self, standin: &Standin, nvrtc: &Path) -> Context {
             let libraries = Libraries {
                 cuda: Some(standin.path.clone()),
-                nvrtc: Some(nvrtc.unwrap_or(&standin.path).into()),
+                nvrtc: Some(nvrtc.into()),
                 cublaslt: Some(PathBuf::new()),
                 hip: Some(PathBuf::new()),
                 ..Default::default()
@@ -178,28 +139,6 @@ mod suite {
             match Matmul::new(ctx, &desc(SHAPE, Tier::Native)) {
                 Err(Error::Unsupported { has, .. }) => has,
                 other => panic!("{other:?}"),
-            }
-        }
-    }
-
-    impl Standin {
-        fn set(&self, key: u32, value: u64) {
-            // SAFETY: the signature is the stand-in's.
-            unsafe {
-                let set: libloading::Symbol<unsafe extern "C" fn(u32, u64)> =
-                    self.library.get(b"standin_set").unwrap();
-                set(key, value);
-            }
-        }
-
-        fn log(&self) -> String {
-            // SAFETY: the signature is the stand-in's, and the second call has room for all of it.
-            unsafe {
-                let log: libloading::Symbol<unsafe extern "C" fn(*mut u8, usize) -> usize> =
-                    self.library.get(b"standin_log").unwrap();
-                let mut text = vec![0; log(std::ptr::null_mut(), 0)];
-                log(text.as_mut_ptr(), text.len());
-                String::from_utf8(text).unwrap()
             }
         }
     }
@@ -252,16 +191,16 @@ mod suite {
     }
 
     fn emulated(bench: &Bench) -> Result<(), Failed> {
-        let standin = bench.standin();
-        let ctx = bench.open(&standin, None);
+        let (standin, nvrtc) = (bench.standin(), compiler());
+        let ctx = bench.open(&standin, &nvrtc.path);
         for shape in [SHAPE, [17, 130, 96], [33, 8, 32]] {
             same_bits(&ctx, shape)?;
         }
-        let log = standin.log();
         contains(
-            &log,
-            "nvrtcCreateProgram headers 0 kernel true\nnvrtc option --gpu-architecture=sm_120a\nnvrtcDestroyProgram",
+            &nvrtc.log(),
+            "nvrtcCreateProgram mxf4 headers 0 kernel true\nnvrtcCompileProgram --gpu-architecture=sm_120a\nnvrtcDestroyProgram",
         )?;
+        let log = standin.log();
         contains(
             &log,
             "cuModuleLoadData [127, 69, 76, 70]\ncuModuleGetFunction mx_matmul_mxf4 of 0x5000",
@@ -271,21 +210,26 @@ mod suite {
             "launch 0x6000 grid 1 2 1 block 256 1 1 shared 0 stream 0x2000 m 160 n 48 k 224",
         )?;
         // Compiled once; the known-answer test's seven products, and these.
-        assert_eq!(log.matches("nvrtcCreateProgram").count(), 1);
+        assert_eq!(nvrtc.log().matches("nvrtcCreateProgram").count(), 1);
         assert_eq!(log.matches("emulated 0").count(), 10);
+        contains(&standin.left(), "module 0x5000")?;
         let error =
             Matmul::new(&ctx, &MatmulDesc { a: MXFP8_E4M3.into(), ..desc(SHAPE, Tier::Native) });
-        contains(&error.unwrap_err().to_string(), "cuda-mxfp4: mxfp8-e4m3/1x32 is not E2M1")
+        contains(&error.unwrap_err().to_string(), "cuda-mxfp4: mxfp8-e4m3/1x32 is not E2M1")?;
+        drop(ctx);
+        assert_eq!(standin.left() + &nvrtc.left(), "");
+        Ok(())
     }
 
     fn targets(bench: &Bench) -> Result<(), Failed> {
         for (capability, target) in
             [(121, "sm_121a"), (100, "sm_100a"), (90, "sm_90a"), (75, "sm_75a")]
         {
-            let standin = bench.standin();
+            let (standin, nvrtc) = (bench.standin(), compiler());
             standin.set(Key::Capability as u32, capability);
-            standin.set(Key::Compile as u32, 6);
-            let reason = bench.reasons(&bench.open(&standin, None));
+            // NVRTC_ERROR_COMPILATION.
+            nvrtc.set(0, 6);
+            let reason = bench.reasons(&bench.open(&standin, &nvrtc.path));
             contains(
                 &reason,
                 &format!(
@@ -297,25 +241,43 @@ mod suite {
     }
 
     fn refused(bench: &Bench) -> Result<(), Failed> {
-        let standin = bench.standin();
+        let (standin, nvrtc) = (bench.standin(), compiler());
         standin.set(Key::Load as u32, 209);
-        let ctx = bench.open(&standin, None);
+        let ctx = bench.open(&standin, &nvrtc.path);
         contains(
             &bench.reasons(&ctx),
             "cuda-mxfp4: cuModuleLoadData: CUDA_ERROR_NO_BINARY_FOR_GPU (209)",
         )?;
-        let reason =
-            bench.reasons(&bench.open(&bench.standin(), Some(Path::new("/nowhere/nvrtc.so"))));
+        let reason = bench.reasons(&bench.open(&bench.standin(), Path::new("/nowhere/nvrtc.so")));
         contains(&reason, "cuda-mxfp4: cannot load /nowhere/nvrtc.so")?;
+        // Output of no possible size, of code and of messages.
+        for status in [0, 6] {
+            let (standin, nvrtc) = (bench.standin(), compiler());
+            nvrtc.set(0, status);
+            nvrtc.set(1, u64::MAX);
+            let reason = bench.reasons(&bench.open(&standin, &nvrtc.path));
+            contains(&reason, "cuda-mxfp4: nvrtc has 18446744073709551615 bytes of output")?;
+        }
+        let lacking = standin_without(bench, "cuLaunchKernel");
+        let reason = bench.reasons(&bench.open(&lacking, &nvrtc.path));
+        contains(&reason, "has no function cuLaunchKernel")?;
         // The next tier has the product.
         let (why, got) = product(&ctx, SHAPE, Tier::Auto);
         contains(&why, "no native route: cuda-mxfp4: cuModuleLoadData")?;
         if got.contains(&f32::NAN.to_bits()) { Err("no product".into()) } else { Ok(()) }
     }
 
+    fn compiler() -> Standin {
+        standin("nvrtc", &[])
+    }
+
+    fn standin_without(bench: &Bench, function: &str) -> Standin {
+        standin("cuda", &[function]).identify(&bench.adapter)
+    }
+
     fn failed_launch(bench: &Bench) -> Result<(), Failed> {
-        let standin = bench.standin();
-        let ctx = bench.open(&standin, None);
+        let (standin, nvrtc) = (bench.standin(), compiler());
+        let ctx = bench.open(&standin, &nvrtc.path);
         same_bits(&ctx, SHAPE)?;
         standin.set(Key::Launch as u32, 719);
         // This one is computed by the next tier, and the route is not used again.
@@ -337,28 +299,30 @@ mod suite {
             ["q + e / 2 * 8;", "q + e % 2 * 8;"],
         ] {
             let program = machine::Program::changed(machine::CUDA, &[change]);
-            let standin = bench.standin();
+            let (standin, nvrtc) = (bench.standin(), compiler());
             bench.emulate(&standin, &program);
-            let reason = bench.reasons(&bench.open(&standin, None));
-            contains(&reason, "cuda-mxfp4: known-answer test: ")?;
+            let reason = bench.reasons(&bench.open(&standin, &nvrtc.path));
+            contains(&reason, "cuda-mxfp4: known-answer test of mxfp4/1x32 × mxfp4/1x32: ")?;
         }
         Ok(())
     }
 
     fn real_compiler(bench: &Bench) -> Result<(), Failed> {
+        let nvrtc = bench.nvrtc.as_deref().ok_or("no NVRTC")?;
         for capability in [120, 121] {
             let standin = bench.standin();
             standin.set(Key::Capability as u32, capability);
-            same_bits(&bench.open(&standin, bench.nvrtc.as_deref()), SHAPE)?;
+            same_bits(&bench.open(&standin, nvrtc), SHAPE)?;
         }
         Ok(())
     }
 
     fn real_refusal(bench: &Bench) -> Result<(), Failed> {
+        let nvrtc = bench.nvrtc.as_deref().ok_or("no NVRTC")?;
         for capability in [90, 100] {
             let standin = bench.standin();
             standin.set(Key::Capability as u32, capability);
-            let reason = bench.reasons(&bench.open(&standin, bench.nvrtc.as_deref()));
+            let reason = bench.reasons(&bench.open(&standin, nvrtc));
             contains(&reason, "Instruction 'mma with block scale' not supported on .target 'sm_")?;
         }
         Ok(())

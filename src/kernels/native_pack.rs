@@ -168,7 +168,7 @@ pub fn pack(x: &MxTensor, packing: &Packing) -> Result<HostPacked> {
 }
 
 /// E4M3's bits of code · 2^d, if it has them.
-fn e4m3(element: Element, code: u8, d: i32) -> Option<u8> {
+pub(crate) fn e4m3(element: Element, code: u8, d: i32) -> Option<u8> {
     let bits = element.bits();
     let sign = code >> (bits - 1) << 7;
     let Some((_, k, x)) = element.parts(code) else { return Some(sign | 0x7f) };

@@ -20,6 +20,7 @@ pub(crate) mod kernel;
 use std::sync::Arc;
 
 use super::Libraries;
+use super::blaslt::Route;
 use super::registry::Opened;
 
 /// The names of the routes.
@@ -41,12 +42,12 @@ pub(crate) fn open(libraries: &Libraries, uuid: [u8; 16]) -> Vec<Opened> {
         Ok(route) => Ok(Arc::new(route)),
         Err(reason) => Err((cudnn::NAME, reason)),
     });
-    match cublaslt::Lt::open(libraries.cublaslt.as_deref(), &driver) {
+    match cublaslt::open(libraries.cublaslt.as_deref(), &driver) {
         Err(reason) => opened.extend(NAMES[2..].iter().map(|name| Err((*name, reason.clone())))),
         Ok(lt) => {
             let lt = Arc::new(lt);
             for kind in [cublaslt::Kind::Nvfp4, cublaslt::Kind::Mxfp8, cublaslt::Kind::Fp8] {
-                opened.push(Ok(Arc::new(cublaslt::Route::new(&lt, kind))));
+                opened.push(Ok(Arc::new(Route::new(&lt, kind))));
             }
         }
     }

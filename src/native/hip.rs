@@ -18,8 +18,9 @@ pub(crate) mod kernel;
 
 use std::sync::Arc;
 
+use super::Libraries;
+use super::blaslt::Blas;
 use super::registry::Opened;
-use super::{Libraries, Packing, Problem};
 
 /// What tells the device that wgpu has open.
 #[derive(Clone, Debug, Default)]
@@ -32,41 +33,25 @@ pub(crate) struct Wanted {
 
 /// Opens the HIP device that is wanted, and its routes, best first.
 pub(crate) fn open(libraries: &Libraries, wanted: &Wanted) -> Vec<Opened> {
+    const ROUTES: [blaslt::Scales; 2] = [blaslt::Scales::Plain, blaslt::Scales::Swizzled];
     let driver = match driver::Driver::open(libraries.hip.as_deref(), wanted) {
         Ok(driver) => Arc::new(driver),
         Err(reason) => {
-            let names =
-                [blaslt::Scales::Plain.route(), blaslt::Scales::Swizzled.route(), kernel::NAME];
-            return names.map(|name| Err((name, reason.clone()))).into();
+            let names = ROUTES.into_iter().map(Blas::name).chain([kernel::NAME]);
+            return names.map(|name| Err((name, reason.clone()))).collect();
         }
     };
+    let lt = blaslt::open(libraries.hipblaslt.as_deref(), &driver).map(Arc::new);
     let mut all: Vec<Opened> = Vec::new();
-    match blaslt::Lt::open(libraries.hipblaslt.as_deref(), &driver) {
-        Ok(lt) => {
-            let lt = Arc::new(lt);
-            for scales in [blaslt::Scales::Plain, blaslt::Scales::Swizzled] {
-                all.push(match blaslt::Route::new(&lt, scales) {
-                    Ok(route) => Ok(Arc::new(route)),
-                    Err(reason) => Err((scales.route(), reason)),
-                });
-            }
-        }
-        Err(reason) => {
-            for scales in [blaslt::Scales::Plain, blaslt::Scales::Swizzled] {
-                all.push(Err((scales.route(), reason.clone())));
-            }
-        }
+    for scales in ROUTES {
+        all.push(match lt.as_ref().map_err(Clone::clone).and_then(|lt| scales.route(lt)) {
+            Ok(route) => Ok(Arc::new(route)),
+            Err(reason) => Err((scales.name(), reason)),
+        });
     }
     all.push(match kernel::open(libraries, &driver) {
         Ok(route) => Ok(Arc::new(route)),
         Err(reason) => Err((kernel::NAME, reason)),
     });
     all
-}
-
-/// What a problem is multiplied as: lines of A, lines of B, k.
-fn padded(problem: &Problem, packings: &[Packing; 2]) -> [usize; 3] {
-    let [m, k] = packings[0].padded(problem.m, problem.k);
-    let [n, of_b] = packings[1].padded(problem.n, problem.k);
-    [m, n, k.max(of_b)]
 }

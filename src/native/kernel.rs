@@ -7,38 +7,18 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::ptr::{null, null_mut};
 use std::sync::{Arc, OnceLock};
 
+use super::device::{Device, Module};
 use super::load::Library;
-use super::{
-    Accumulation, Codes, Job, NativeRoute, Packing, Problem, RouteScale, Runtime, ScaleLayout,
-    Scales,
-};
-use crate::formats::{Element, MxSpec, ScaleFormat};
+use super::{Accumulation, Job, NativeRoute, Packing, Problem, Runtime, ScaleLayout};
 
 /// Of both kernels: their name, a block's side, its threads.
 const FUNCTION: &CStr = c"mx_matmul_mxf4";
 const TILE: usize = 128;
 const THREADS: u32 = 256;
+/// Of code, or of a compiler's messages: more is an error.
+const MAX_CODE: usize = 1 << 28;
 /// A grid's largest second length, on either machine.
 const MAX_GRID_Y: usize = 65535;
-
-/// A device that takes code.
-pub(crate) trait Launcher: Send + Sync {
-    /// Loads code, and finds the kernel `name` in it.
-    fn load(&self, code: &[u8], name: &CStr) -> Result<u64, String>;
-
-    /// Puts a kernel into the queue.
-    ///
-    /// # Safety
-    /// `function` came from [`Launcher::load`]; `arguments` point to values of the kernel's parameter types, and memory that
-    /// these name is as large as the kernel expects.
-    unsafe fn launch(
-        &self,
-        function: u64,
-        grid: [u32; 2],
-        threads: u32,
-        arguments: &mut [*mut c_void],
-    ) -> Result<(), String>;
-}
 
 /// nvrtcResult, hiprtcResult.
 type Status = c_int;
@@ -117,8 +97,11 @@ impl Compiler {
         let mut bytes = 0;
         // SAFETY: as above.
         let mut done = check(unsafe { (wanted.size)(program, &raw mut bytes) });
-        let mut buffer = vec![0u8; bytes];
-        if done.is_ok() && bytes > 0 {
+        if bytes > MAX_CODE {
+            done = done.and(Err(format!("{prefix} has {bytes} bytes of output")));
+        }
+        let mut buffer = vec![0u8; if done.is_ok() { bytes } else { 0 }];
+        if !buffer.is_empty() {
             // SAFETY: as above; the buffer has as many bytes as were asked for.
             done = check(unsafe { (wanted.get)(program, buffer.as_mut_ptr().cast()) });
         }
@@ -137,46 +120,56 @@ impl Compiler {
 }
 
 /// The route of a kernel.
-pub(crate) struct Route<L> {
-    pub(crate) name: &'static str,
-    pub(crate) compiler: Compiler,
-    pub(crate) source: &'static str,
+pub(crate) struct Route<D: Device> {
+    name: &'static str,
+    compiler: Compiler,
+    source: &'static str,
     /// The option that names the device.
-    pub(crate) target: String,
-    pub(crate) launcher: Arc<L>,
-    pub(crate) runtime: Arc<dyn Runtime>,
+    target: String,
+    device: Arc<D>,
+    runtime: Arc<dyn Runtime>,
     /// The kernel on the device, or why it is not there. Compiled when first asked for.
-    pub(crate) kernel: OnceLock<Result<u64, String>>,
+    kernel: OnceLock<Result<Module, String>>,
 }
 
-impl<L> std::fmt::Debug for Route<L> {
+impl<D: Device> std::fmt::Debug for Route<D> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut f = f.debug_struct("Route");
         f.field("name", &self.name).field("compiler", &self.compiler.name).finish_non_exhaustive()
     }
 }
 
-impl<L: Launcher> Route<L> {
-    fn kernel(&self) -> Result<u64, String> {
+impl<D: Device> Route<D> {
+    pub(crate) fn new(
+        name: &'static str,
+        compiler: Compiler,
+        source: &'static str,
+        target: String,
+        device: &Arc<D>,
+    ) -> Route<D> {
+        let (device, runtime) = (Arc::clone(device), Arc::<D>::clone(device) as Arc<dyn Runtime>);
+        Route { name, compiler, source, target, device, runtime, kernel: OnceLock::new() }
+    }
+
+    fn kernel(&self) -> Result<Module, String> {
         let make = || {
             let code = self.compiler.compile(self.source, &self.target)?;
-            self.launcher.load(&code, FUNCTION)
+            self.device.load(&code, FUNCTION)
         };
         self.kernel.get_or_init(make).clone()
     }
 }
 
-/// The kernels take any number of lines; sixteen suit the epilogue, which reads the sums by vectors.
-fn packing(spec: MxSpec) -> Result<Packing, String> {
-    let long = spec.block.len().is_multiple_of(32);
-    if spec.element != Element::E2M1 || spec.scale != ScaleFormat::E8M0 || !long {
-        return Err(format!("{spec} is not E2M1 under E8M0 scales of at least 32"));
+impl<D: Device> Drop for Route<D> {
+    fn drop(&mut self) {
+        match self.kernel.get() {
+            Some(Ok(module)) if self.device.quiet() => self.device.unload(module),
+            _ => {}
+        }
     }
-    let scales = Scales { format: RouteScale::E8m0, group: 32, layout: ScaleLayout::Rows };
-    Ok(Packing { codes: Codes::Same, scales: Some(scales), lines: 16, k: 32 })
 }
 
-impl<L: Launcher> NativeRoute for Route<L> {
+impl<D: Device> NativeRoute for Route<D> {
     fn name(&self) -> &'static str {
         self.name
     }
@@ -190,9 +183,9 @@ impl<L: Launcher> NativeRoute for Route<L> {
     }
 
     fn accepts(&self, problem: &Problem) -> Result<[Packing; 2], String> {
+        let packing = |spec| Packing::mxfp4(spec, ScaleLayout::Rows, 32);
         let packings = [packing(problem.a)?, packing(problem.b)?];
-        let [m, k] = packings[0].padded(problem.m, problem.k);
-        let [n, _] = packings[1].padded(problem.n, problem.k);
+        let [m, n, k] = problem.padded(&packings);
         if m.div_ceil(TILE) > MAX_GRID_Y || n >= 1 << 31 || k >= 1 << 31 {
             return Err(format!("{m}×{n}×{k} is more than one grid"));
         }
@@ -210,7 +203,7 @@ impl<L: Launcher> NativeRoute for Route<L> {
         let [m, n, _] = job.shape;
         let grid = [n.div_ceil(TILE) as u32, m.div_ceil(TILE) as u32];
         // SAFETY: five pointers and three u32 are the kernel's parameters; the operands have the packing asked for.
-        unsafe { self.launcher.launch(kernel, grid, THREADS, &mut arguments) }
+        unsafe { self.device.launch(&kernel, grid, THREADS, &mut arguments) }
     }
 
     fn runtime(&self) -> &Arc<dyn Runtime> {

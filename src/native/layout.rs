@@ -33,10 +33,11 @@ impl ScaleLayout {
         [lines.next_multiple_of(tile_lines), groups.next_multiple_of(tile_groups)]
     }
 
-    /// Bytes of a matrix of scales, with the padding.
-    pub fn bytes(self, shape: [usize; 2]) -> usize {
-        let [lines, groups] = self.padded(shape);
-        lines * groups
+    /// Bytes of a matrix of scales, with the padding. More than memory has are as many as there are numbers for.
+    pub fn bytes(self, [lines, groups]: [usize; 2]) -> usize {
+        let [tile_lines, tile_groups] = self.tile();
+        let whole = |length: usize, tile: usize| length.div_ceil(tile).saturating_mul(tile);
+        whole(lines, tile_lines).saturating_mul(whole(groups, tile_groups))
     }
 
     /// Where the byte of line r and group c lies, of a matrix of `groups` groups (padded or not: it makes no difference).
@@ -54,7 +55,7 @@ impl ScaleLayout {
     /// Row-major scales `[lines, groups]` in this order. The padding is zero.
     pub fn arrange(self, scales: &[u8], shape: [usize; 2]) -> Result<Vec<u8>> {
         let [lines, groups] = shape;
-        check("ScaleLayout::arrange", scales.len(), lines * groups, shape)?;
+        check("ScaleLayout::arrange", scales.len(), lines.saturating_mul(groups), shape)?;
         let mut out = vec![0; self.bytes(shape)];
         for (r, line) in scales.chunks_exact(groups.max(1)).enumerate() {
             for (c, scale) in line.iter().enumerate() {

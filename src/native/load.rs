@@ -55,26 +55,26 @@ impl Library {
     /// # Safety
     /// `F` is the type of a function pointer with the signature that the library documents.
     pub(crate) unsafe fn get<F: Copy>(&self, name: &str) -> Result<F, String> {
-        // SAFETY: the caller's.
-        match unsafe { self.library.get::<F>(name.as_bytes()) } {
-            Ok(symbol) => Ok(*symbol),
-            Err(_) => Err(format!("{} has no function {name}", self.name)),
-        }
+        // SAFETY: the caller's. A symbol that is there may be null, which a function pointer must not be, but its option is.
+        let symbol = unsafe { self.library.get::<Option<F>>(name.as_bytes()) };
+        let function = symbol.ok().and_then(|symbol| *symbol);
+        function.ok_or_else(|| format!("{} has no function {name}", self.name))
     }
 }
 
-/// Declares a table of functions, all of which a library must have: `Table::load(library)` names the first one missing.
+/// Declares a table of functions, all of which a library must have: `Table::load(library, prefix)` names the first one missing.
+/// `prefix` is what their names begin with besides.
 macro_rules! functions {
-    ($(#[$doc:meta])* $visibility:vis struct $table:ident { $($field:ident: $symbol:literal ($($argument:ty),* $(,)?) -> $result:ty;)* }) => {
+    ($(#[$doc:meta])* $visibility:vis struct $table:ident $(<$generic:ident>)? { $($field:ident: $symbol:literal ($($argument:ty),* $(,)?) -> $result:ty;)* }) => {
         $(#[$doc])*
         #[derive(Clone, Copy)]
-        $visibility struct $table { $($visibility $field: unsafe extern "C" fn($($argument),*) -> $result,)* }
+        $visibility struct $table $(<$generic>)? { $($visibility $field: unsafe extern "C" fn($($argument),*) -> $result,)* }
 
-        impl $table {
-            fn load(library: &$crate::native::load::Library) -> Result<$table, String> {
-                Ok($table {
+        impl $(<$generic: Copy>)? $table $(<$generic>)? {
+            fn load(library: &$crate::native::load::Library, prefix: &str) -> Result<Self, String> {
+                Ok(Self {
                     // SAFETY: the signatures are those of the vendor's headers.
-                    $($field: unsafe { library.get::<unsafe extern "C" fn($($argument),*) -> $result>($symbol) }?,)*
+                    $($field: unsafe { library.get::<unsafe extern "C" fn($($argument),*) -> $result>(&format!("{prefix}{}", $symbol)) }?,)*
                 })
             }
         }

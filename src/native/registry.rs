@@ -1,14 +1,15 @@
 //! The native routes of a device: opened when first asked for, tested before their first product, disabled when they fail.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::share::Share;
 use super::{
     Accumulation, NativeRoute, Packing, Problem, Report, RouteReport, RouteState, selftest,
 };
-use crate::Context;
 use crate::engine::gpu::Gpu;
+use crate::{Context, MxSpec};
 
 /// A route, or its name and why it is not there.
 pub(crate) type Opened = Result<Arc<dyn NativeRoute>, (&'static str, String)>;
@@ -28,8 +29,9 @@ pub(crate) struct Registry {
 pub(crate) struct Entry {
     pub(crate) route: Arc<dyn NativeRoute>,
     pub(crate) share: Arc<Mutex<Share>>,
-    state: Mutex<RouteState>,
-    /// Why the route is of no use any more. Apart from the state, which is locked while the test runs.
+    /// What the known-answer test took for each pair of formats, or why the route declines the test's problem.
+    tested: Mutex<HashMap<[MxSpec; 2], Result<Duration, String>>>,
+    /// Why the route is of no use any more. Apart from `tested`, which is locked while a test runs.
     disabled: Mutex<Option<String>>,
 }
 
@@ -53,23 +55,45 @@ impl Entry {
         disabled.or_else(|| self.share().dead().map(String::from))
     }
 
-    /// Runs the known-answer test if it has not run, and says whether the route may be used.
-    fn ready(self: &Arc<Self>, ctx: &Context) -> Result<(), String> {
+    /// Runs the known-answer test if it has not run for the pair, and says whether the route may be used for it. A pair that is
+    /// wrong disables the route for all.
+    fn ready(self: &Arc<Self>, ctx: &Context, pair: [MxSpec; 2]) -> Result<(), String> {
         // Held throughout: who comes second waits for the verdict.
-        let mut state = lock(&self.state);
-        if *state == RouteState::Untested {
-            let start = Instant::now();
-            *state = match selftest::run(ctx, self) {
-                Ok(()) => RouteState::Passed(start.elapsed()),
-                Err(reason) => {
-                    log::warn!("native route {}: {reason}", self.route.name());
-                    RouteState::Disabled(format!("known-answer test: {reason}"))
-                }
-            };
+        let mut tested = lock(&self.tested);
+        if let Some(reason) = self.disabled() {
+            return Err(reason);
         }
-        match &*state {
-            RouteState::Disabled(reason) => Err(reason.clone()),
-            _ => self.disabled().map_or(Ok(()), Err),
+        let verdict = match tested.get(&pair) {
+            Some(known) => known.clone(),
+            None => {
+                let start = Instant::now();
+                let verdict = match self.route.accepts(&selftest::problem(pair)) {
+                    Err(reason) => Err(format!("declines the known-answer test: {reason}")),
+                    Ok(packings) => {
+                        if let Err(reason) = selftest::run(ctx, self, pair, &packings) {
+                            let [a, b] = pair;
+                            self.disable(format!("known-answer test of {a} × {b}: {reason}"));
+                        }
+                        Ok(start.elapsed())
+                    }
+                };
+                tested.insert(pair, verdict.clone());
+                verdict
+            }
+        };
+        verdict?;
+        self.disabled().map_or(Ok(()), Err)
+    }
+
+    fn state(&self) -> RouteState {
+        if let Some(reason) = self.disabled() {
+            return RouteState::Disabled(reason);
+        }
+        let passed: Vec<_> =
+            lock(&self.tested).values().filter_map(|verdict| verdict.clone().ok()).collect();
+        match passed.len() {
+            0 => RouteState::Untested,
+            _ => RouteState::Passed(passed.iter().sum()),
         }
     }
 
@@ -109,9 +133,8 @@ impl Registry {
                             }
                         },
                     };
-                    let state = Mutex::new(RouteState::Untested);
-                    let disabled = Mutex::default();
-                    registry.entries.push(Arc::new(Entry { route, share, state, disabled }));
+                    let (tested, disabled) = (Mutex::default(), Mutex::default());
+                    registry.entries.push(Arc::new(Entry { route, share, tested, disabled }));
                 }
             }
         }
@@ -138,7 +161,7 @@ impl Registry {
             // That memory is not shared may show only in the test.
             let taken = entry.route.accepts(problem).and_then(|packings| {
                 fast()?;
-                entry.ready(ctx)?;
+                entry.ready(ctx, [problem.a, problem.b])?;
                 fast().map(|()| packings)
             });
             match taken {
@@ -167,11 +190,12 @@ impl Registry {
             .entries
             .iter()
             .filter_map(|entry| {
-                if let Err(reason) = entry.route.accepts(&selftest::problem(&*entry.route)) {
+                let pair = entry.route.sample();
+                if let Err(reason) = entry.route.accepts(&selftest::problem(pair)) {
                     return Some((entry.route.name(), reason));
                 }
                 // What it says is kept with the route.
-                let _ = entry.ready(ctx);
+                let _ = entry.ready(ctx, pair);
                 None
             })
             .collect();
@@ -210,10 +234,7 @@ impl Registry {
             details.extend(entry.route.runtime().describe());
             report.routes.push(RouteReport {
                 name: entry.route.name().into(),
-                state: match entry.disabled() {
-                    Some(reason) => RouteState::Disabled(reason),
-                    None => lock(&entry.state).clone(),
-                },
+                state: entry.state(),
                 accumulation: Some(entry.route.accumulation()),
                 details,
             });

@@ -1,66 +1,43 @@
-//! A stand-in for the CUDA driver: two devices whose memory is the host's, a queue that works at once, and a log of every call
-//! that tests/native_cuda.rs reads. Compiled by that suite with `rustc --crate-type cdylib`; `--cfg` picks what is wrong
-//! with it: `no_memcpy` and `no_sharing` leave functions out.
-#![allow(non_snake_case, clippy::missing_safety_doc)]
+//! A stand-in for the CUDA driver: two devices whose memory is the host's, a queue that works at once, and a log of every call.
+//! tests/native_cuda.rs and tests/native_kernel.rs compile it with `rustc --crate-type cdylib`, and make functions disappear by
+//! renaming them in the file. Kernels are launched as tests/emulator/host.c runs them.
+#![allow(non_snake_case, clippy::missing_safety_doc, clippy::too_many_arguments)]
 
-use std::ffi::{c_char, c_int, c_uint, c_void};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+mod kernels;
+mod log;
 
-type Status = c_uint;
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::sync::atomic::AtomicU64;
 
-static LOG: Mutex<String> = Mutex::new(String::new());
-/// The second device's UUID.
-static UUID: [AtomicU64; 2] = [AtomicU64::new(0), AtomicU64::new(0)];
-static VERSION: AtomicU32 = AtomicU32::new(13000);
-/// What cuStreamQuery and cuStreamSynchronize return.
-static QUEUE: AtomicU32 = AtomicU32::new(0);
-/// What cuInit returns.
-static INIT: AtomicU32 = AtomicU32::new(0);
-/// What cuImportExternalMemory returns.
-static IMPORT: AtomicU32 = AtomicU32::new(0);
+use log::{gone, last, log, made, setting};
 
-/// What cuMemAlloc returns.
-static ALLOCATE: AtomicU32 = AtomicU32::new(0);
+type Status = c_int;
 
-fn log(line: String) {
-    let mut log = LOG.lock().unwrap_or_else(|e| e.into_inner());
-    log.push_str(&line);
-    log.push('\n');
-}
-
-/// Copies the log's end into `out` and returns its whole length.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn standin_log(out: *mut u8, room: usize) -> usize {
-    let log = LOG.lock().unwrap_or_else(|e| e.into_inner());
-    let bytes = log.as_bytes();
-    let n = bytes.len().min(room);
-    unsafe { std::ptr::copy_nonoverlapping(bytes[bytes.len() - n..].as_ptr(), out, n) };
-    bytes.len()
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn standin_set(key: u32, value: u64) {
-    match key {
-        0 | 1 => UUID[key as usize].store(value, Ordering::SeqCst),
-        2 => VERSION.store(value as u32, Ordering::SeqCst),
-        3 => QUEUE.store(value as u32, Ordering::SeqCst),
-        4 => INIT.store(value as u32, Ordering::SeqCst),
-        5 => IMPORT.store(value as u32, Ordering::SeqCst),
-        6 => ALLOCATE.store(value as u32, Ordering::SeqCst),
-        _ => {}
-    }
-}
+/// What the suites set, by number.
+static SETTINGS: [AtomicU64; 12] = [
+    AtomicU64::new(0), // 0, 1: the second device's UUID, big-endian.
+    AtomicU64::new(0),
+    AtomicU64::new(13000), // 2: the driver's version.
+    AtomicU64::new(0),     // 3: what cuStreamQuery and cuStreamSynchronize return.
+    AtomicU64::new(0),     // 4: what cuInit returns.
+    AtomicU64::new(0),     // 5: what cuImportExternalMemory returns.
+    AtomicU64::new(0),     // 6: what cuMemAlloc returns.
+    AtomicU64::new(90),    // 7: ten times the compute capability.
+    AtomicU64::new(0), // 8, 9: `emulate` of tests/emulator/host.c, and the emulator that it hands lanes to.
+    AtomicU64::new(0),
+    AtomicU64::new(0), // 10: what cuModuleLoadData returns.
+    AtomicU64::new(0), // 11: what cuLaunchKernel returns.
+];
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuInit(flags: c_uint) -> Status {
     log(format!("cuInit {flags}"));
-    INIT.load(Ordering::SeqCst)
+    setting(4) as Status
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDriverGetVersion(version: *mut c_int) -> Status {
-    unsafe { *version = VERSION.load(Ordering::SeqCst) as c_int };
+    unsafe { *version = setting(2) as c_int };
     0
 }
 
@@ -88,8 +65,8 @@ pub unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, len: c_int, device: 
 pub unsafe extern "C" fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], device: c_int) -> Status {
     let mut bytes = [0xabu8; 16];
     if device == 101 {
-        for (half, value) in bytes.chunks_exact_mut(8).zip(&UUID) {
-            half.copy_from_slice(&value.load(Ordering::SeqCst).to_be_bytes());
+        for (half, key) in bytes.chunks_exact_mut(8).zip([0, 1]) {
+            half.copy_from_slice(&setting(key).to_be_bytes());
         }
     }
     unsafe { *uuid = bytes };
@@ -100,17 +77,31 @@ pub unsafe extern "C" fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], device: c_int) 
 pub unsafe extern "C" fn cuDeviceGetAttribute(
     value: *mut c_int,
     attribute: c_uint,
-    _: c_int,
+    device: c_int,
 ) -> Status {
-    // The compute capability's parts are 75 and 76.
-    unsafe { *value = if attribute == 75 { 9 } else { 0 } };
-    0
+    let capability = setting(7) as c_int;
+    unsafe {
+        *value = match attribute {
+            75 => capability / 10,
+            76 => capability % 10,
+            _ => 0,
+        };
+    }
+    // CUDA_ERROR_INVALID_DEVICE.
+    if device == 101 { 0 } else { 101 }
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(ctx: *mut *mut c_void, device: c_int) -> Status {
     log(format!("cuDevicePrimaryCtxRetain {device}"));
+    made("context", device as u64);
     unsafe { *ctx = 0x1000 as *mut c_void };
+    0
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuDevicePrimaryCtxRelease_v2(device: c_int) -> Status {
+    last("context", device as u64);
     0
 }
 
@@ -136,39 +127,50 @@ fn current() -> Status {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamCreate(stream: *mut *mut c_void, flags: c_uint) -> Status {
     log(format!("cuStreamCreate {flags}"));
-    unsafe { *stream = 0x2000 as *mut c_void };
+    if current() == 0 {
+        made("stream", 0x2000);
+        unsafe { *stream = 0x2000 as *mut c_void };
+    }
+    current()
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuStreamDestroy_v2(stream: *mut c_void) -> Status {
+    gone("stream", stream as u64);
     current()
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuStreamSynchronize(_: *mut c_void) -> Status {
-    current().max(QUEUE.load(Ordering::SeqCst))
+    current().max(setting(3) as Status)
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuStreamQuery(_: *mut c_void) -> Status {
-    current().max(QUEUE.load(Ordering::SeqCst))
+    current().max(setting(3) as Status)
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> Status {
     log(format!("cuMemAlloc {bytes}"));
-    let status = ALLOCATE.load(Ordering::SeqCst);
-    if status != 0 {
-        return status;
+    if setting(6) != 0 {
+        return setting(6) as Status;
     }
-    let layout = std::alloc::Layout::from_size_align(bytes, 256).unwrap();
-    unsafe { *address = std::alloc::alloc(layout) as u64 };
+    // As aligned as CUDA's, and full of garbage; never given back, so that stale addresses stay harmless.
+    let layout = std::alloc::Layout::from_size_align(bytes.max(1), 256).unwrap();
+    let memory = unsafe { std::alloc::alloc(layout) };
+    unsafe { std::ptr::write_bytes(memory, 0xee, bytes.min(1 << 20)) };
+    unsafe { *address = memory as u64 };
+    made("memory", memory as u64);
     current()
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuMemFree_v2(_: u64) -> Status {
-    // Leaked: tests are short.
+pub extern "C" fn cuMemFree_v2(address: u64) -> Status {
+    gone("memory", address);
     current()
 }
 
-#[cfg(not(no_memcpy))]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
     to: u64,
@@ -190,14 +192,21 @@ pub unsafe extern "C" fn cuMemcpyDtoH_v2(to: *mut c_void, from: u64, bytes: usiz
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuGetErrorName(status: Status, name: *mut *const c_char) -> Status {
-    if status != 700 {
-        return 1;
-    }
-    unsafe { *name = c"CUDA_ERROR_ILLEGAL_ADDRESS".as_ptr() };
+    let text = match status {
+        201 => c"CUDA_ERROR_INVALID_CONTEXT",
+        209 => c"CUDA_ERROR_NO_BINARY_FOR_GPU",
+        700 => c"CUDA_ERROR_ILLEGAL_ADDRESS",
+        719 => c"CUDA_ERROR_LAUNCH_FAILED",
+        _ => return 1,
+    };
+    unsafe { *name = text.as_ptr() };
     0
 }
 
-#[cfg(not(no_sharing))]
+// Kernels run on the emulator alone.
+modules!(cuModuleLoadData cuModuleGetFunction cuLaunchKernel cuModuleUnload, load 10, launch 11, emulate 8,
+    host |_: [u64; 5], _: [u32; 3]| panic!("no emulator"));
+
 mod sharing {
     use super::*;
 
@@ -238,9 +247,8 @@ mod sharing {
             "cuImportExternalMemory kind {kind} size {size} flags {flags} reserved {}",
             reserved.iter().sum::<u32>()
         ));
-        let status = IMPORT.load(Ordering::SeqCst);
-        if status != 0 {
-            return status;
+        if setting(5) != 0 {
+            return setting(5) as Status;
         }
         // A software driver's memory is a file that can be mapped: read and write, shared. Mesa puts a header before it, whose
         // second word is where the memory starts.
@@ -262,6 +270,7 @@ mod sharing {
             close(fd);
             *out = at;
         }
+        made("external memory", at as u64);
         current()
     }
 
@@ -284,13 +293,15 @@ mod sharing {
             "cuExternalMemoryGetMappedBuffer offset {offset} size {size} flags {flags} reserved {}",
             reserved.iter().sum::<u32>()
         ));
+        made("memory", memory as u64);
         unsafe { *address = memory as u64 };
         current()
     }
 
     #[unsafe(no_mangle)]
-    pub extern "C" fn cuDestroyExternalMemory(_: *mut c_void) -> Status {
-        log("cuDestroyExternalMemory".into());
+    pub extern "C" fn cuDestroyExternalMemory(memory: *mut c_void) -> Status {
+        log("cuDestroyExternalMemory");
+        gone("external memory", memory as u64);
         current()
     }
 
@@ -315,22 +326,23 @@ mod sharing {
     }
 
     #[unsafe(no_mangle)]
-    pub extern "C" fn cuSignalExternalSemaphoresAsync(
-        _: *const c_void,
-        _: *const c_void,
-        _: c_uint,
-        _: *mut c_void,
-    ) -> Status {
+    pub extern "C" fn cuDestroyExternalSemaphore(_: *mut c_void) -> Status {
         801
     }
 
-    #[unsafe(no_mangle)]
-    pub extern "C" fn cuWaitExternalSemaphoresAsync(
-        _: *const c_void,
-        _: *const c_void,
-        _: c_uint,
-        _: *mut c_void,
-    ) -> Status {
-        801
+    macro_rules! ordering {
+        ($name:ident) => {
+            #[unsafe(no_mangle)]
+            pub extern "C" fn $name(
+                _: *const c_void,
+                _: *const c_void,
+                _: c_uint,
+                _: *mut c_void,
+            ) -> Status {
+                801
+            }
+        };
     }
+    ordering!(cuSignalExternalSemaphoresAsync);
+    ordering!(cuWaitExternalSemaphoresAsync);
 }

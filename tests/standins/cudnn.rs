@@ -1,12 +1,15 @@
 //! A stand-in for cuDNN's backend: it records every attribute, refuses what cuDNN documents as wrong, and runs the one graph that
 //! the crate makes on the host, from the attributes alone. Written from NVIDIA's documentation and sample, not from the crate.
-//! `--cfg old` reports another version, `--cfg lacks` misses a function. tests/native_cuda.rs compiles and drives it.
+//! tests/native_cuda.rs compiles and drives it.
 #![allow(non_snake_case, clippy::missing_safety_doc)]
+
+mod log;
 
 use std::collections::BTreeMap;
 use std::ffi::{c_char, c_uint, c_void};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use log::{gone, last, log, made, setting};
 
 type Status = c_uint;
 const BAD_PARAM: Status = 2000;
@@ -14,39 +17,22 @@ const NOT_SUPPORTED: Status = 3000;
 const FAILED: Status = 5000;
 const HANDLE: usize = 0x7000;
 
-static LOG: Mutex<String> = Mutex::new(String::new());
-/// Bits: 1 the heuristic offers engines; 2 the first engine has no plan; 4 plans want more memory than there is; 8 products
-/// fail; 16 scales are read row by row, which is wrong; 32 the graph is refused.
-static MODE: AtomicU64 = AtomicU64::new(1);
+/// What the suite sets, by number.
+static SETTINGS: [AtomicU64; 2] = [
+    // 0, bits: 1 the heuristic offers engines; 2 the first engine has no plan; 4 plans want more memory than there is; 8 products
+    // fail; 16 scales are read row by row, which is wrong; 32 the graph is refused.
+    AtomicU64::new(1),
+    AtomicU64::new(91_500), // 1: the version.
+];
 /// Engines that were made, to tell the first.
 static ENGINES: AtomicU64 = AtomicU64::new(0);
 
 fn mode(bit: u64) -> bool {
-    MODE.load(Ordering::SeqCst) & bit != 0
-}
-
-fn log(line: String) {
-    let mut log = LOG.lock().unwrap_or_else(|e| e.into_inner());
-    log.push_str(&line);
-    log.push('\n');
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn standin_log(out: *mut u8, room: usize) -> usize {
-    let log = LOG.lock().unwrap_or_else(|e| e.into_inner());
-    let bytes = log.as_bytes();
-    let n = bytes.len().min(room);
-    unsafe { std::ptr::copy_nonoverlapping(bytes[bytes.len() - n..].as_ptr(), out, n) };
-    bytes.len()
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn standin_set(_: u32, value: u64) {
-    MODE.store(value, Ordering::SeqCst);
+    setting(0) & bit != 0
 }
 
 /// A descriptor: its attributes as 64-bit numbers.
-struct Desc {
+pub struct Desc {
     kind: c_uint,
     finalized: bool,
     attributes: BTreeMap<c_uint, Vec<i64>>,
@@ -99,12 +85,19 @@ fn needs(kind: c_uint) -> &'static [c_uint] {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cudnnGetVersion() -> usize {
-    if cfg!(old) { 90_600 } else { 91_500 }
+    setting(1) as usize
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cudnnCreate(handle: *mut *mut c_void) -> Status {
+    made("handle", HANDLE as u64);
     unsafe { *handle = HANDLE as *mut c_void };
+    0
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cudnnDestroy(handle: *mut c_void) -> Status {
+    last("handle", handle as u64);
     0
 }
 
@@ -125,7 +118,6 @@ pub extern "C" fn cudnnGetErrorString(status: Status) -> *const c_char {
     .as_ptr()
 }
 
-#[cfg(not(lacks))]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cudnnBackendCreateDescriptor(kind: c_uint, out: *mut *mut Desc) -> Status {
     let engine = if kind == 3 { ENGINES.fetch_add(1, Ordering::SeqCst) } else { 0 };
@@ -137,11 +129,14 @@ pub unsafe extern "C" fn cudnnBackendCreateDescriptor(kind: c_uint, out: *mut *m
         graph: std::ptr::null(),
     };
     unsafe { *out = Box::into_raw(Box::new(desc)) };
+    made(if kind == 5 { "plan" } else { "descriptor" }, unsafe { *out } as u64);
     0
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cudnnBackendDestroyDescriptor(desc: *mut Desc) -> Status {
+    let kind = unsafe { &*desc }.kind;
+    gone(if kind == 5 { "plan" } else { "descriptor" }, desc as u64);
     drop(unsafe { Box::from_raw(desc) });
     0
 }

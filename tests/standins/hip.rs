@@ -4,14 +4,18 @@
 //! disappear by renaming them in the file.
 #![allow(non_snake_case, clippy::missing_safety_doc, clippy::too_many_arguments)]
 
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+mod kernels;
+mod log;
+mod lt;
 
-static LOG: Mutex<String> = Mutex::new(String::new());
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::sync::atomic::AtomicU64;
+
+use log::{gone, last, log, made, setting, standin_set};
+use lt::{Choice, Layout, element};
 
 /// What the suite sets, by number; see `Key` there.
-static SETTINGS: [AtomicU64; 14] = [
+static SETTINGS: [AtomicU64; 17] = [
     AtomicU64::new(0), // 0, 1: the UUID of device 1, big-endian.
     AtomicU64::new(0),
     AtomicU64::new(70_126_015), // 2: the runtime's version.
@@ -19,41 +23,17 @@ static SETTINGS: [AtomicU64; 14] = [
     AtomicU64::new(3),          // 4: scale modes that the heuristic takes: 1 plain, 2 swizzled.
     AtomicU64::new(0), // 5: what hipblasLtMatmul returns from the call on that 6 counts down to.
     AtomicU64::new(0), // 6
-    AtomicU64::new(0), // 7: what is wrong: 1 reads swizzled scales row by row, 2 adds 1 to one output.
-    AtomicU64::new(0), // 8: what hiprtcCompileProgram returns.
+    AtomicU64::new(0), // 7: what is wrong: 1 reads swizzled scales row by row, 2 adds 1 to one output, 4 that of E4M3 × E5M2.
+    AtomicU64::new(0), // 8: what hipModuleLaunchKernel returns.
     AtomicU64::new(0), // 9: what hipModuleLoadData returns.
     AtomicU64::new(0), // 10: what hipStreamSynchronize returns.
     AtomicU64::new(0), // 11: whether device 0 has the UUID too.
     AtomicU64::new(0), // 12, 13: `emulate` of tests/emulator/host.c, and the emulator that it hands lanes to.
     AtomicU64::new(0),
+    AtomicU64::new(0), // 14: a code that is read wrongly, as `lt::element` has it.
+    AtomicU64::new(0), // 15: what hiprtcCompileProgram returns; 16: as how large code and log are given out.
+    AtomicU64::new(0),
 ];
-
-fn setting(key: usize) -> u64 {
-    SETTINGS[key].load(Ordering::SeqCst)
-}
-
-fn log(line: String) {
-    let mut log = LOG.lock().unwrap_or_else(|e| e.into_inner());
-    log.push_str(&line);
-    log.push('\n');
-}
-
-/// Copies the log's end into `out` and returns its whole length.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn standin_log(out: *mut u8, room: usize) -> usize {
-    let log = LOG.lock().unwrap_or_else(|e| e.into_inner());
-    let bytes = log.as_bytes();
-    let n = bytes.len().min(room);
-    if n > 0 {
-        unsafe { std::ptr::copy_nonoverlapping(bytes[bytes.len() - n..].as_ptr(), out, n) };
-    }
-    bytes.len()
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn standin_set(key: u32, value: u64) {
-    SETTINGS[key as usize].store(value, Ordering::SeqCst);
-}
 
 unsafe fn write_text(to: *mut c_char, len: c_int, text: &str) -> c_int {
     if text.len() + 1 > len as usize {
@@ -134,7 +114,16 @@ pub unsafe extern "C" fn hipStreamCreateWithFlags(
     flags: c_uint,
 ) -> c_int {
     log(format!("hipStreamCreateWithFlags {flags}"));
-    unsafe { *stream = STREAM };
+    if current() == 0 {
+        made("stream", STREAM as u64);
+        unsafe { *stream = STREAM };
+    }
+    current()
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn hipStreamDestroy(stream: *mut c_void) -> c_int {
+    last("stream", stream as u64);
     current()
 }
 
@@ -157,12 +146,14 @@ pub unsafe extern "C" fn hipMalloc(address: *mut *mut c_void, bytes: usize) -> c
     // The scratch memory's garbage would cost time.
     unsafe { std::ptr::write_bytes(memory, 0xee, bytes.min(1 << 20)) };
     unsafe { *address = memory.cast() };
+    made("memory", memory as u64);
     log(format!("hipMalloc {bytes}"));
     current()
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn hipFree(_: *mut c_void) -> c_int {
+pub extern "C" fn hipFree(address: *mut c_void) -> c_int {
+    gone("memory", address as u64);
     current()
 }
 
@@ -219,135 +210,24 @@ pub extern "C" fn hipDestroyExternalMemory(_: *mut c_void) -> c_int {
     801
 }
 
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipModuleLoadData(module: *mut *mut c_void, image: *const u8) -> c_int {
-    let image = unsafe { std::slice::from_raw_parts(image, 4) };
-    log(format!("hipModuleLoadData {image:?}"));
-    unsafe { *module = 0x5000 as *mut c_void };
-    if setting(9) != 0 { setting(9) as c_int } else { current() }
-}
+modules!(hipModuleLoadData hipModuleGetFunction hipModuleLaunchKernel hipModuleUnload, load 9, launch 8, emulate 12,
+    host |operands, shape| unsafe { host(operands, shape) });
 
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipModuleGetFunction(
-    function: *mut *mut c_void,
-    module: *mut c_void,
-    name: *const c_char,
-) -> c_int {
-    let name = unsafe { CStr::from_ptr(name) }.to_str().unwrap();
-    log(format!("hipModuleGetFunction {name} of {module:?}"));
-    unsafe { *function = 0x6000 as *mut c_void };
-    current()
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipModuleLaunchKernel(
-    function: *mut c_void,
-    gx: c_uint,
-    gy: c_uint,
-    gz: c_uint,
-    bx: c_uint,
-    by: c_uint,
-    bz: c_uint,
-    shared: c_uint,
-    stream: *mut c_void,
-    arguments: *mut *mut c_void,
-    extra: *mut *mut c_void,
-) -> c_int {
-    assert!(extra.is_null());
-    let word = |i: usize| unsafe { (*arguments.add(i)).cast::<u32>().read() };
-    let address = |i: usize| unsafe { (*arguments.add(i)).cast::<u64>().read() };
-    let [m, n, k] = [word(5), word(6), word(7)];
-    log(format!(
-        "launch {function:?} grid {gx} {gy} {gz} block {bx} {by} {bz} shared {shared} stream {stream:?} m {m} n {n} k {k}"
-    ));
-    if setting(12) != 0 {
-        type Emulate =
-            unsafe extern "C" fn(u64, u64, u64, u64, u64, u32, u32, u32, u32, i32, u64) -> c_int;
-        let [a, a_scales, b, b_scales, sums] = [0, 1, 2, 3, 4].map(address);
-        // All of the kernel's code, on emulated matrix cores.
-        let emulate: Emulate = unsafe { std::mem::transmute(setting(12) as usize) };
-        let code = unsafe { emulate(a, a_scales, b, b_scales, sums, m, n, k, 1, 1, setting(13)) };
-        log(format!("emulated {code}"));
-        return if code == 0 { current() } else { 719 };
-    }
-    let a = Layout { kind: 33, rows: u64::from(k), columns: u64::from(m), ld: i64::from(k) };
-    let b = Layout { columns: u64::from(n), ..a };
+/// What the crate's kernel computes.
+unsafe fn host([a, a_scales, b, b_scales, sums]: [u64; 5], [m, n, k]: [u32; 3]) {
+    let of_a = Layout { kind: 33, rows: u64::from(k), columns: u64::from(m), ld: i64::from(k) };
+    let of_b = Layout { columns: u64::from(n), ..of_a };
     unsafe {
-        let left = values(&b, address(2) as *const u8, 2, address(3));
-        let right = values(&a, address(0) as *const u8, 2, address(1));
-        multiply(&left, &right, k as usize, address(4) as *mut f32, n as usize);
+        let left = values(&of_b, b as *const u8, 2, b_scales);
+        let right = values(&of_a, a as *const u8, 2, a_scales);
+        multiply(&left, &right, k as usize, sums as *mut f32, n as usize, false);
     }
-    current()
 }
 
 // ---- hiprtc ----------------------------------------------------------------------------------------------------------
 
-const OBJECT: &[u8] = b"\x7fELF of the stand-in";
-const MESSAGE: &[u8] = b"mxf4.hip:1:1: error: of the stand-in\0";
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hiprtcCreateProgram(
-    program: *mut *mut c_void,
-    source: *const c_char,
-    name: *const c_char,
-    headers: c_int,
-    _: *const *const c_char,
-    _: *const *const c_char,
-) -> c_int {
-    let (source, name) = unsafe { (CStr::from_ptr(source), CStr::from_ptr(name)) };
-    let kernel = source.to_str().unwrap().contains("KERNEL mx_matmul_mxf4(");
-    log(format!(
-        "hiprtcCreateProgram {} headers {headers} kernel {kernel}",
-        name.to_str().unwrap()
-    ));
-    unsafe { *program = 0x7000 as *mut c_void };
-    0
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hiprtcCompileProgram(
-    _: *mut c_void,
-    count: c_int,
-    options: *const *const c_char,
-) -> c_int {
-    for i in 0..count as usize {
-        log(format!(
-            "hiprtc option {}",
-            unsafe { CStr::from_ptr(*options.add(i)) }.to_str().unwrap()
-        ));
-    }
-    setting(8) as c_int
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hiprtcGetCodeSize(_: *mut c_void, bytes: *mut usize) -> c_int {
-    unsafe { *bytes = OBJECT.len() };
-    0
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hiprtcGetCode(_: *mut c_void, code: *mut u8) -> c_int {
-    unsafe { std::ptr::copy_nonoverlapping(OBJECT.as_ptr(), code, OBJECT.len()) };
-    0
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hiprtcGetProgramLogSize(_: *mut c_void, bytes: *mut usize) -> c_int {
-    unsafe { *bytes = MESSAGE.len() };
-    0
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hiprtcGetProgramLog(_: *mut c_void, text: *mut u8) -> c_int {
-    unsafe { std::ptr::copy_nonoverlapping(MESSAGE.as_ptr(), text, MESSAGE.len()) };
-    0
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn hiprtcDestroyProgram(_: *mut *mut c_void) -> c_int {
-    log("hiprtcDestroyProgram".into());
-    0
-}
+compiler!(hiprtcCreateProgram hiprtcCompileProgram hiprtcGetCodeSize hiprtcGetCode hiprtcGetProgramLogSize
+    hiprtcGetProgramLog hiprtcDestroyProgram, compile 15, message b"mxf4.hip:1:1: error: of the stand-in\0");
 
 // ---- hipBLASLt -------------------------------------------------------------------------------------------------------
 
@@ -359,14 +239,6 @@ pub struct Desc {
     scales: [u64; 2],
 }
 
-#[derive(Clone, Copy, Debug)]
-pub struct Layout {
-    kind: c_int,
-    rows: u64,
-    columns: u64,
-    ld: i64,
-}
-
 #[repr(C, align(8))]
 #[derive(Clone, Copy)]
 pub struct Algorithm {
@@ -374,23 +246,13 @@ pub struct Algorithm {
     workspace: usize,
 }
 
-#[repr(C)]
-pub struct Choice {
-    algorithm: Algorithm,
-    workspace: usize,
-    state: c_int,
-    waves: f32,
-    reserved: [c_int; 4],
-}
-
 const INVALID_VALUE: c_int = 3;
 const NOT_SUPPORTED: c_int = 7;
 
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipblasLtCreate(handle: *mut *mut c_void) -> c_int {
-    unsafe { *handle = 0x3000 as *mut c_void };
-    0
-}
+// HIPBLAS_OP_N is the default.
+descriptors!(hipblasLtCreate hipblasLtDestroy hipblasLtMatmulDescCreate hipblasLtMatmulDescDestroy hipblasLtMatrixLayoutCreate
+    hipblasLtMatrixLayoutDestroy hipblasLtMatmulPreferenceCreate hipblasLtMatmulPreferenceDestroy
+    hipblasLtMatmulPreferenceSetAttribute, desc Desc { transposed: [111; 2], ..Desc::default() });
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn hipblasLtGetVersion(handle: *mut c_void, version: *mut c_int) -> c_int {
@@ -398,27 +260,6 @@ pub unsafe extern "C" fn hipblasLtGetVersion(handle: *mut c_void, version: *mut 
         return 1;
     }
     unsafe { *version = setting(3) as c_int };
-    0
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipblasLtMatmulDescCreate(
-    desc: *mut *mut Desc,
-    compute: c_int,
-    scale: c_int,
-) -> c_int {
-    log(format!("desc compute {compute} scale {scale}"));
-    // HIPBLAS_OP_N is the default.
-    unsafe {
-        *desc = Box::into_raw(Box::new(Desc { compute, transposed: [111; 2], ..Desc::default() }))
-    };
-    0
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipblasLtMatmulDescDestroy(desc: *mut Desc) -> c_int {
-    log("desc destroyed".into());
-    drop(unsafe { Box::from_raw(desc) });
     0
 }
 
@@ -447,51 +288,6 @@ pub unsafe extern "C" fn hipblasLtMatmulDescSetAttribute(
         _ => return INVALID_VALUE,
     }
     0
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipblasLtMatrixLayoutCreate(
-    layout: *mut *mut Layout,
-    kind: c_int,
-    rows: u64,
-    columns: u64,
-    ld: i64,
-) -> c_int {
-    log(format!("layout type {kind} {rows}x{columns} ld {ld}"));
-    unsafe { *layout = Box::into_raw(Box::new(Layout { kind, rows, columns, ld })) };
-    0
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipblasLtMatrixLayoutDestroy(layout: *mut Layout) -> c_int {
-    log("layout destroyed".into());
-    drop(unsafe { Box::from_raw(layout) });
-    0
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipblasLtMatmulPreferenceCreate(preference: *mut *mut c_void) -> c_int {
-    unsafe { *preference = 0x4000 as *mut c_void };
-    0
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn hipblasLtMatmulPreferenceDestroy(_: *mut c_void) -> c_int {
-    log("preference destroyed".into());
-    0
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn hipblasLtMatmulPreferenceSetAttribute(
-    _: *mut c_void,
-    attribute: c_int,
-    value: *const c_void,
-    size: usize,
-) -> c_int {
-    log(format!("preference {attribute} size {size} value {}", unsafe {
-        value.cast::<u64>().read_unaligned()
-    }));
-    if (attribute, size) == (1, 8) { 0 } else { INVALID_VALUE }
 }
 
 /// Whether AMD documents this product for gfx950, and this library takes its scales.
@@ -527,7 +323,7 @@ pub unsafe extern "C" fn hipblasLtMatmulAlgoGetHeuristic(
     d: *const Layout,
     _: *mut c_void,
     wanted: c_int,
-    out: *mut Choice,
+    out: *mut Choice<Algorithm>,
     found: *mut c_int,
 ) -> c_int {
     let (desc, a, b, d) = unsafe { (&*desc, &*a, &*b, &*d) };
@@ -545,15 +341,6 @@ pub unsafe extern "C" fn hipblasLtMatmulAlgoGetHeuristic(
     0
 }
 
-const E2M1: [f64; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
-
-fn fp8(byte: u8, mantissa: u32, bias: i32) -> f64 {
-    let (e, f) = (i32::from((byte & 0x7f) >> mantissa), f64::from(byte & ((1 << mantissa) - 1)));
-    let f = f / f64::from(1 << mantissa);
-    let value = if e == 0 { f * 2f64.powi(1 - bias) } else { (1.0 + f) * 2f64.powi(e - bias) };
-    if byte & 0x80 != 0 { -value } else { value }
-}
-
 /// An operand's values, a column of k after the other.
 unsafe fn values(layout: &Layout, at: *const u8, mode: i32, scales: u64) -> Vec<f64> {
     let (k, lines) = (layout.rows as usize, layout.columns as usize);
@@ -568,31 +355,16 @@ unsafe fn values(layout: &Layout, at: *const u8, mode: i32, scales: u64) -> Vec<
     let mut out = Vec::with_capacity(k * lines);
     for line in 0..lines {
         for i in 0..k {
-            let element = line * k + i;
-            let value = match layout.kind {
-                28 => fp8(unsafe { at.add(element).read() }, 3, 7),
-                29 => fp8(unsafe { at.add(element).read() }, 2, 15),
-                _ => {
-                    let code = unsafe { at.add(element / 2).read() } >> (4 * (element % 2)) & 15;
-                    let value = E2M1[usize::from(code & 7)];
-                    if code & 8 != 0 { -value } else { value }
-                }
-            };
+            let value = unsafe { element(layout.kind, at, line * k + i, setting(14)) };
             out.push(value * 2f64.powi(i32::from(scale(line, i / 32)) - 127));
         }
     }
     out
 }
 
-/// Sums of `left` (D's rows) and `right` (its columns), D's columns one after the other.
-unsafe fn multiply(left: &[f64], right: &[f64], k: usize, to: *mut f32, ld: usize) {
-    for (j, y) in right.chunks_exact(k).enumerate() {
-        for (i, x) in left.chunks_exact(k).enumerate() {
-            let sum: f64 = x.iter().zip(y).map(|(x, y)| x * y).sum();
-            unsafe { to.add(j * ld + i).write(sum as f32) };
-        }
-    }
-    if setting(7) & 2 != 0 {
+unsafe fn multiply(left: &[f64], right: &[f64], k: usize, to: *mut f32, ld: usize, mixed: bool) {
+    unsafe { lt::multiply(left, right, k, to, ld) };
+    if setting(7) & 2 != 0 || setting(7) & 4 != 0 && mixed {
         unsafe { *to += 1.0 };
     }
 }
@@ -636,7 +408,9 @@ pub unsafe extern "C" fn hipblasLtMatmul(
     unsafe {
         let left = values(a, a_at, desc.modes[0], desc.scales[0]);
         let right = values(b, b_at, desc.modes[1], desc.scales[1]);
-        multiply(&left, &right, a.rows as usize, d_at, d.ld as usize);
+        // The library's A is the crate's B.
+        let mixed = [b.kind, a.kind] == [28, 29];
+        multiply(&left, &right, a.rows as usize, d_at, d.ld as usize, mixed);
     }
     0
 }

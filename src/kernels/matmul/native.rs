@@ -84,18 +84,17 @@ pub(super) fn choose(
 fn sizes(problem: &Problem, packings: &[Packing; 2]) -> [u64; 5] {
     let &Problem { m, n, k, a, b } = problem;
     let scales = |packing: &Packing, lines| {
-        let [rows, groups] = packing.scale_shape(lines, k);
+        let [rows, groups] = packing.scale_shape(lines, k).map(|length| length as u64);
         (rows * groups).next_multiple_of(4)
     };
-    let [[m_padded, _], [n_padded, _]] = [packings[0].padded(m, k), packings[1].padded(n, k)];
+    let [m_padded, n_padded, _] = problem.padded(packings).map(|length| length as u64);
     [
-        packings[0].code_bytes(a, m, k),
-        packings[1].code_bytes(b, n, k),
+        packings[0].code_bytes(a, m, k) as u64,
+        packings[1].code_bytes(b, n, k) as u64,
         scales(&packings[0], m),
         scales(&packings[1], n),
-        m_padded * n_padded * 4,
+        (m_padded * n_padded).saturating_mul(4),
     ]
-    .map(|bytes| bytes as u64)
 }
 
 fn bound_at_once(x: Input<'_>) -> Option<&DeviceMxTensor> {
@@ -162,16 +161,9 @@ impl Native {
             let out = Packed { codes: &buffers[side], scales: &buffers[2 + side], flags: &flags };
             native_pack::record(stream, x, operand.transposed, &self.packings[side], out)?;
         }
-        let Problem { m, n, k, a: a_spec, b: b_spec } = self.problem;
-        let [[m_padded, k_padded], [n_padded, _]] =
-            [self.packings[0].padded(m, k), self.packings[1].padded(n, k)];
+        let shape = self.problem.padded(&self.packings);
         let has = |role: usize| if sizes[role] > 0 { share.address(role) } else { 0 };
-        let job = Job {
-            shape: [m_padded, n_padded, k_padded],
-            codes: [has(0), has(1)],
-            scales: [has(2), has(3)],
-            sums: has(4),
-        };
+        let job = Job { shape, codes: [has(0), has(1)], scales: [has(2), has(3)], sums: has(4) };
         let [codes_a, codes_b, scales_a, scales_b, sums] = sizes;
         let operands = [codes_a, codes_b, scales_a, scales_b];
         let route = &self.entry.route;
@@ -185,10 +177,11 @@ impl Native {
             let (flags, arguments) = (flags.clone(), share.arguments.clone());
             Some(Gate { flags, arguments, wanted, count: wanted })
         };
+        let Problem { a: a_spec, b: b_spec, .. } = self.problem;
         let exponent = -self.packings[0].exponent(a_spec) - self.packings[1].exponent(b_spec);
         stream.set_gate(gate(false));
         let mut recorded =
-            record_join(desc, stream, (&buffers[4], n_padded), exponent, a, b, &y, extras);
+            record_join(desc, stream, (&buffers[4], shape[1]), exponent, a, b, &y, extras);
         if recorded.is_ok() {
             stream.set_gate(gate(true));
             recorded = self.next.record_with(stream, a, b, y.reborrow(), extras);

@@ -11,21 +11,20 @@
 //! cuDNN's heuristic lists engines; the first whose plan can be made is taken, and if there is none the route declines.
 //! Bounded: sums in f32. Not run on a device that has such engines; tests/standins/cudnn.rs checks every attribute.
 
-use std::collections::HashMap;
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::path::Path;
 use std::ptr::null_mut;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::cudnn::sys;
 
 use super::driver::Driver;
+use crate::native::device::{self, Device};
 use crate::native::load::{Library, functions};
+use crate::native::memo::Memo;
 use crate::native::{
-    Accumulation, Codes, Job, Mapped, NativeRoute, Packing, Problem, RouteScale, Runtime,
-    ScaleLayout, Scales,
+    Accumulation, Job, Mapped, NativeRoute, Packing, Problem, Runtime, ScaleLayout,
 };
-use crate::{Element, MxSpec, ScaleFormat};
 use sys::cudnnBackendAttributeName_t as Name;
 use sys::cudnnBackendAttributeType_t as Type;
 use sys::cudnnBackendDescriptorType_t as Kind;
@@ -49,6 +48,7 @@ functions! {
     struct Functions {
         version: "cudnnGetVersion" () -> usize;
         create: "cudnnCreate" (*mut *mut c_void) -> Status;
+        destroy_handle: "cudnnDestroy" (*mut c_void) -> Status;
         set_stream: "cudnnSetStream" (*mut c_void, *mut c_void) -> Status;
         make: "cudnnBackendCreateDescriptor" (c_uint, *mut *mut c_void) -> Status;
         destroy: "cudnnBackendDestroyDescriptor" (*mut c_void) -> Status;
@@ -87,7 +87,7 @@ pub(crate) struct Route {
 struct State {
     handle: *mut c_void,
     /// For each shape: the plan, or why there is none.
-    plans: HashMap<[usize; 3], Result<Plan, String>>,
+    plans: Memo<[usize; 3], Result<Plan, String>>,
 }
 
 /// An engine's plan, and what it was made of.
@@ -126,14 +126,8 @@ impl Functions {
         if status == 0 {
             return Ok(());
         }
-        // SAFETY: it returns a constant for any number.
-        let text = unsafe { (self.error)(status) };
-        if text.is_null() {
-            return Err(format!("{what}: cuDNN status {status}"));
-        }
-        // SAFETY: as above; the constant is a C string.
-        let text = unsafe { CStr::from_ptr(text) };
-        Err(format!("{what}: {} ({status})", text.to_string_lossy()))
+        // SAFETY: it takes any number, and returns a constant, which is a C string.
+        Err(unsafe { device::error(what, "cuDNN status", status, (self.error)(status)) })
     }
 }
 
@@ -185,7 +179,7 @@ impl Route {
     pub(crate) fn open(path: Option<&Path>, driver: &Arc<Driver>) -> Result<Route, String> {
         let names: &[&str] = if cfg!(windows) { &["cudnn64_9.dll"] } else { &["libcudnn.so.9"] };
         let library = Library::open(path, "MICROSCALING_CUDNN", names)?;
-        let functions = Functions::load(&library)?;
+        let functions = Functions::load(&library, "")?;
         // SAFETY: it takes nothing.
         let version = unsafe { (functions.version)() };
         if version < OLDEST {
@@ -194,18 +188,35 @@ impl Route {
                 library.name
             ));
         }
+        let runtime: Arc<dyn Runtime> = Arc::<Driver>::clone(driver);
+        let mut route = Route {
+            functions,
+            driver: Arc::clone(driver),
+            runtime,
+            workspace: Mapped { address: 0, handle: 0 },
+            version,
+            name: library.name,
+            state: Mutex::new(State { handle: null_mut(), plans: Memo::default() }),
+        };
         let mut handle = null_mut();
         // SAFETY: of this call and the next: as cuDNN documents them, with the device's context current.
         let made = driver.with(|| unsafe { (functions.create)(&raw mut handle) })?;
         functions.check("cudnnCreate", made)?;
+        route.state().handle = handle;
         // SAFETY: as above.
         let set = driver.with(|| unsafe { (functions.set_stream)(handle, driver.stream()) })?;
         functions.check("cudnnSetStream", set)?;
-        let workspace = driver.allocate(WORKSPACE)?;
-        let runtime: Arc<dyn Runtime> = Arc::<Driver>::clone(driver);
-        let state = Mutex::new(State { handle, plans: HashMap::new() });
-        let driver = Arc::clone(driver);
-        Ok(Route { functions, driver, runtime, workspace, version, name: library.name, state })
+        route.workspace = driver.allocate(WORKSPACE)?;
+        Ok(route)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Destroys all plans, none of which may be at work. Says whether it did.
+    fn forget(&self, state: &mut State) -> bool {
+        self.driver.quiet() && self.driver.with(|| state.plans.clear()).is_ok()
     }
 
     /// With the plan for a padded shape; it is made when first asked for.
@@ -214,11 +225,14 @@ impl Route {
         shape: [usize; 3],
         f: impl FnOnce(*mut c_void, &Plan) -> Result<T, String>,
     ) -> Result<T, String> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state();
+        if state.plans.is_full(&shape) && !self.forget(&mut state) {
+            return Err("the plans of other shapes are still at work".into());
+        }
         let handle = state.handle;
-        let plan = state.plans.entry(shape).or_insert_with(|| {
-            self.driver.with(|| self.plan(handle, shape)).and_then(|answer| answer)
-        });
+        let plan = state
+            .plans
+            .get(shape, || self.driver.with(|| self.plan(handle, shape)).and_then(|answer| answer));
         match plan {
             Ok(plan) => self.driver.with(|| f(handle, plan))?,
             Err(reason) => Err(reason.clone()),
@@ -431,14 +445,23 @@ impl Route {
     }
 }
 
-/// Whole tiles of scales along k; sixteen lines suit the epilogue, which reads the sums by vectors.
-fn packing(spec: MxSpec) -> Result<Packing, String> {
-    let long = spec.block.len().is_multiple_of(BLOCK);
-    if spec.element != Element::E2M1 || spec.scale != ScaleFormat::E8M0 || !long {
-        return Err(format!("{spec} is not E2M1 under E8M0 scales of at least 32"));
+impl Drop for Route {
+    fn drop(&mut self) {
+        let mut state = self.state();
+        if state.handle.is_null() {
+            return;
+        }
+        if !self.forget(&mut state) {
+            // They are as long as the process.
+            std::mem::forget(std::mem::take(&mut state.plans));
+            return;
+        }
+        // SAFETY: made in `open`; its plans are gone.
+        let _ = self.driver.with(|| unsafe { (self.functions.destroy_handle)(state.handle) });
+        if self.workspace.address != 0 {
+            self.driver.release(self.workspace);
+        }
     }
-    let scales = Scales { format: RouteScale::E8m0, group: BLOCK, layout: ScaleLayout::Tiles128x4 };
-    Ok(Packing { codes: Codes::Same, scales: Some(scales), lines: 16, k: 128 })
 }
 
 impl NativeRoute for Route {
@@ -455,9 +478,10 @@ impl NativeRoute for Route {
     }
 
     fn accepts(&self, problem: &Problem) -> Result<[Packing; 2], String> {
+        // Whole tiles of scales along k.
+        let packing = |spec| Packing::mxfp4(spec, ScaleLayout::Tiles128x4, 128);
         let packings = [packing(problem.a)?, packing(problem.b)?];
-        let [m, k] = packings[0].padded(problem.m, problem.k);
-        let [n, _] = packings[1].padded(problem.n, problem.k);
+        let [m, n, k] = problem.padded(&packings);
         if [m, n, k].iter().any(|length| c_int::try_from(*length).is_err()) {
             return Err(format!("{m}×{n}×{k} is more than cuDNN counts"));
         }

@@ -8,18 +8,12 @@ use std::sync::{Mutex, PoisonError};
 
 use cudarc::driver::sys;
 
+use crate::native::device::{
+    self, DEDICATED, Device, Modules, NON_BLOCKING, NOT_READY, SUCCESS, Status,
+};
 use crate::native::load::{Library, functions};
 use crate::native::{Fd, Mapped, Runtime};
 
-/// CUresult.
-type Status = c_uint;
-/// CUDA_SUCCESS, CUDA_ERROR_NOT_READY.
-const SUCCESS: Status = 0;
-const NOT_READY: Status = 600;
-/// CU_STREAM_NON_BLOCKING: not ordered with the default stream.
-const NON_BLOCKING: c_uint = 1;
-/// CUDA_EXTERNAL_MEMORY_DEDICATED.
-const DEDICATED: c_uint = 1;
 /// The oldest driver with everything used here, as `cuDriverGetVersion` counts: timeline semaphores came with CUDA 11.2.
 const OLDEST: c_int = 11020;
 
@@ -34,9 +28,11 @@ functions! {
         device_uuid: "cuDeviceGetUuid_v2" (*mut sys::CUuuid, c_int) -> Status;
         device_attribute: "cuDeviceGetAttribute" (*mut c_int, c_uint, c_int) -> Status;
         retain: "cuDevicePrimaryCtxRetain" (*mut sys::CUcontext, c_int) -> Status;
+        release: "cuDevicePrimaryCtxRelease_v2" (c_int) -> Status;
         push: "cuCtxPushCurrent_v2" (sys::CUcontext) -> Status;
         pop: "cuCtxPopCurrent_v2" (*mut sys::CUcontext) -> Status;
         stream: "cuStreamCreate" (*mut sys::CUstream, c_uint) -> Status;
+        destroy_stream: "cuStreamDestroy_v2" (sys::CUstream) -> Status;
         synchronize: "cuStreamSynchronize" (sys::CUstream) -> Status;
         query: "cuStreamQuery" (sys::CUstream) -> Status;
         allocate: "cuMemAlloc_v2" (*mut u64, usize) -> Status;
@@ -54,20 +50,26 @@ functions! {
         map: "cuExternalMemoryGetMappedBuffer" (*mut u64, sys::CUexternalMemory, *const sys::CUDA_EXTERNAL_MEMORY_BUFFER_DESC) -> Status;
         destroy_memory: "cuDestroyExternalMemory" (sys::CUexternalMemory) -> Status;
         import_semaphore: "cuImportExternalSemaphore" (*mut sys::CUexternalSemaphore, *const sys::CUDA_EXTERNAL_SEMAPHORE_HANDLE_DESC) -> Status;
+        destroy_semaphore: "cuDestroyExternalSemaphore" (sys::CUexternalSemaphore) -> Status;
         signal: "cuSignalExternalSemaphoresAsync" (*const sys::CUexternalSemaphore, *const sys::CUDA_EXTERNAL_SEMAPHORE_SIGNAL_PARAMS, c_uint, sys::CUstream) -> Status;
         wait: "cuWaitExternalSemaphoresAsync" (*const sys::CUexternalSemaphore, *const sys::CUDA_EXTERNAL_SEMAPHORE_WAIT_PARAMS, c_uint, sys::CUstream) -> Status;
     }
 }
 
-/// A CUDA device with its primary context and a stream. Both stay for good, as the library does.
+/// A CUDA device with its primary context and a stream. What holds memory, handles or code of it holds the driver too, so it goes
+/// last; the library stays for good.
 pub(crate) struct Driver {
     functions: Functions,
     /// Or the function that is missing.
     sharing: Result<Sharing, String>,
+    modules: Result<Modules, String>,
+    device: c_int,
     context: sys::CUcontext,
     stream: sys::CUstream,
     /// Null until one is imported.
     timeline: Mutex<Handle>,
+    /// Major and minor.
+    pub(crate) capability: [c_int; 2],
     details: Vec<(String, String)>,
 }
 
@@ -93,13 +95,11 @@ impl Functions {
         }
         let mut name = std::ptr::null();
         // SAFETY: the pointer is set to a constant of the library's, or left as it is.
-        let known = unsafe { (self.error_name)(status, &raw mut name) };
-        if known != SUCCESS || name.is_null() {
-            return Err(format!("{what}: CUDA error {status}"));
+        if unsafe { (self.error_name)(status, &raw mut name) } != SUCCESS {
+            name = std::ptr::null();
         }
         // SAFETY: as above; the constant is a C string.
-        let name = unsafe { CStr::from_ptr(name) };
-        Err(format!("{what}: {} ({status})", name.to_string_lossy()))
+        Err(unsafe { device::error(what, "CUDA error", status, name) })
     }
 }
 
@@ -113,8 +113,7 @@ impl Driver {
     /// Loads the driver and opens the device.
     pub(crate) fn open(path: Option<&Path>, uuid: [u8; 16]) -> Result<Driver, String> {
         let library = library(path)?;
-        let functions = Functions::load(&library)?;
-        let sharing = Sharing::load(&library);
+        let functions = Functions::load(&library, "")?;
         let check = |what: &str, status| functions.check(what, status);
         // SAFETY: of this call and the next ones: the arguments are as the CUDA driver API documents them, and pointers are
         // to locals that outlive the calls.
@@ -177,10 +176,16 @@ impl Driver {
         check("cuDevicePrimaryCtxRetain", unsafe { (functions.retain)(&raw mut context, device) })?;
         let mut driver = Driver {
             functions,
-            sharing,
+            sharing: Sharing::load(&library, ""),
+            modules: Modules::new(
+                &library,
+                ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel", "cuModuleUnload"],
+            ),
+            device,
             context,
             stream: null_mut(),
             timeline: Mutex::new(Handle(null_mut())),
+            capability: [major, minor],
             details: vec![
                 ("CUDA device".into(), name.unwrap_or_default()),
                 ("CUDA UUID".into(), hex(uuid)),
@@ -189,29 +194,12 @@ impl Driver {
             ],
         };
         let mut stream = null_mut();
-        driver.call("cuStreamCreate", |f| {
+        driver.call("cuStreamCreate", || {
             // SAFETY: as above; the device's context is current.
-            unsafe { (f.stream)(&raw mut stream, NON_BLOCKING) }
+            unsafe { (driver.functions.stream)(&raw mut stream, NON_BLOCKING) }
         })?;
         driver.stream = stream;
         Ok(driver)
-    }
-
-    /// Runs `f` with the device's context current.
-    pub(crate) fn with<T>(&self, f: impl FnOnce() -> T) -> Result<T, String> {
-        // SAFETY: the context is the device's primary one, retained for good.
-        self.functions.check("cuCtxPushCurrent", unsafe { (self.functions.push)(self.context) })?;
-        let value = f();
-        let mut popped = null_mut();
-        // SAFETY: what was pushed above is on top, since calls are nested.
-        let status = unsafe { (self.functions.pop)(&raw mut popped) };
-        self.functions.check("cuCtxPopCurrent", status)?;
-        Ok(value)
-    }
-
-    fn call(&self, what: &str, f: impl FnOnce(&Functions) -> Status) -> Result<(), String> {
-        let status = self.with(|| f(&self.functions))?;
-        self.functions.check(what, status)
     }
 
     fn sharing(&self) -> Result<&Sharing, String> {
@@ -221,10 +209,55 @@ impl Driver {
     fn timeline(&self) -> Handle {
         *self.timeline.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    /// The stream that everything goes into.
-    pub(crate) fn stream(&self) -> *mut c_void {
+impl Device for Driver {
+    fn with<T>(&self, f: impl FnOnce() -> T) -> Result<T, String> {
+        // SAFETY: the context is the device's primary one, retained until `self` goes.
+        self.functions.check("cuCtxPushCurrent", unsafe { (self.functions.push)(self.context) })?;
+        let value = f();
+        let mut popped = null_mut();
+        // SAFETY: what was pushed above is on top, since calls are nested.
+        let status = unsafe { (self.functions.pop)(&raw mut popped) };
+        self.functions.check("cuCtxPopCurrent", status)?;
+        Ok(value)
+    }
+
+    fn verdict(&self, what: &str, status: Status) -> Result<(), String> {
+        self.functions.check(what, status)
+    }
+
+    fn stream(&self) -> *mut c_void {
         self.stream.cast()
+    }
+
+    fn modules(&self) -> Result<&Modules, String> {
+        self.modules.as_ref().map_err(Clone::clone)
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        if !self.stream.is_null() {
+            if !self.quiet() {
+                return;
+            }
+            let Handle(semaphore) = self.timeline();
+            match &self.sharing {
+                Ok(sharing) if !semaphore.is_null() => {
+                    // SAFETY: imported by `import_timeline`; nothing in the stream waits for it or sets it.
+                    let _ = self.with(|| unsafe { (sharing.destroy_semaphore)(semaphore) });
+                }
+                _ => {}
+            }
+            // SAFETY: made in `open`, and idle.
+            let _ = self.with(|| unsafe { (self.functions.destroy_stream)(self.stream) });
+        }
+        // SAFETY: retained in `open`. Its memory, handles and modules are gone: who has them has the driver.
+        let status = unsafe { (self.functions.release)(self.device) };
+        if let Err(error) = self.functions.check("cuDevicePrimaryCtxRelease", status) {
+            log::debug!("native: {error}");
+        }
     }
 }
 
@@ -236,7 +269,9 @@ impl Runtime for Driver {
     fn allocate(&self, bytes: u64) -> Result<Mapped, String> {
         let mut address = 0;
         // SAFETY: the pointer is to a local.
-        self.call("cuMemAlloc", |f| unsafe { (f.allocate)(&raw mut address, bytes as usize) })?;
+        self.call("cuMemAlloc", || unsafe {
+            (self.functions.allocate)(&raw mut address, bytes as usize)
+        })?;
         Ok(Mapped { address, handle: 0 })
     }
 
@@ -256,7 +291,7 @@ impl Runtime for Driver {
         desc.flags = if dedicated { DEDICATED } else { 0 };
         let mut memory = null_mut();
         // SAFETY: the descriptor is complete; the driver owns the file descriptor if it succeeds.
-        self.call("cuImportExternalMemory", |_| unsafe {
+        self.call("cuImportExternalMemory", || unsafe {
             (sharing.import_memory)(&raw mut memory, &raw const desc)
         })?;
         std::mem::forget(fd);
@@ -265,12 +300,12 @@ impl Runtime for Driver {
         whole.size = bytes;
         let mut address = 0;
         // SAFETY: the memory was just imported and has so many bytes.
-        let mapped = self.call("cuExternalMemoryGetMappedBuffer", |_| unsafe {
+        let mapped = self.call("cuExternalMemoryGetMappedBuffer", || unsafe {
             (sharing.map)(&raw mut address, memory, &raw const whole)
         });
         if let Err(error) = mapped {
             // SAFETY: nothing was mapped from it.
-            self.call("cuDestroyExternalMemory", |_| unsafe { (sharing.destroy_memory)(memory) })?;
+            self.call("cuDestroyExternalMemory", || unsafe { (sharing.destroy_memory)(memory) })?;
             return Err(error);
         }
         Ok(Mapped { address, handle: memory as u64 })
@@ -279,11 +314,11 @@ impl Runtime for Driver {
     fn release(&self, memory: Mapped) {
         // A mapped buffer is freed as memory of the driver's own, then what it was mapped from.
         // SAFETY: the address came from `allocate` or `import`, and the queue is idle.
-        let freed = self.call("cuMemFree", |f| unsafe { (f.free)(memory.address) });
+        let freed = self.call("cuMemFree", || unsafe { (self.functions.free)(memory.address) });
         let destroyed = match (&self.sharing, memory.handle) {
             (Ok(sharing), handle @ 1..) => {
                 // SAFETY: the handle came from `import`; its mapping is freed.
-                self.call("cuDestroyExternalMemory", |_| unsafe {
+                self.call("cuDestroyExternalMemory", || unsafe {
                     (sharing.destroy_memory)(handle as sys::CUexternalMemory)
                 })
             }
@@ -297,8 +332,8 @@ impl Runtime for Driver {
     fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), String> {
         // In the stream, which is not ordered with the default one: cuMemcpyHtoD may return before the device has the bytes.
         // SAFETY: the caller's buffer has so many bytes, and outlives the call: the next one waits.
-        let queued = self.call("cuMemcpyHtoDAsync", |f| unsafe {
-            (f.to_device)(to, bytes.as_ptr().cast(), bytes.len(), self.stream)
+        let queued = self.call("cuMemcpyHtoDAsync", || unsafe {
+            (self.functions.to_device)(to, bytes.as_ptr().cast(), bytes.len(), self.stream)
         });
         self.synchronize().and(queued)
     }
@@ -306,8 +341,8 @@ impl Runtime for Driver {
     fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), String> {
         self.synchronize()?;
         // SAFETY: as above.
-        self.call("cuMemcpyDtoH", |f| unsafe {
-            (f.to_host)(bytes.as_mut_ptr().cast(), from, bytes.len())
+        self.call("cuMemcpyDtoH", || unsafe {
+            (self.functions.to_host)(bytes.as_mut_ptr().cast(), from, bytes.len())
         })
     }
 
@@ -325,7 +360,7 @@ impl Runtime for Driver {
         desc.handle.fd = fd.as_raw_fd();
         let mut semaphore = null_mut();
         // SAFETY: the descriptor is complete; the driver owns the file descriptor if it succeeds.
-        self.call("cuImportExternalSemaphore", |_| unsafe {
+        self.call("cuImportExternalSemaphore", || unsafe {
             (sharing.import_semaphore)(&raw mut semaphore, &raw const desc)
         })?;
         std::mem::forget(fd);
@@ -339,7 +374,7 @@ impl Runtime for Driver {
         let mut params: sys::CUDA_EXTERNAL_SEMAPHORE_WAIT_PARAMS = unsafe { zeroed() };
         params.params.fence.value = value;
         // SAFETY: one semaphore with its parameters, imported before.
-        self.call("cuWaitExternalSemaphoresAsync", |_| unsafe {
+        self.call("cuWaitExternalSemaphoresAsync", || unsafe {
             (sharing.wait)(&raw const semaphore, &raw const params, 1, self.stream)
         })
     }
@@ -350,14 +385,14 @@ impl Runtime for Driver {
         let mut params: sys::CUDA_EXTERNAL_SEMAPHORE_SIGNAL_PARAMS = unsafe { zeroed() };
         params.params.fence.value = value;
         // SAFETY: as above.
-        self.call("cuSignalExternalSemaphoresAsync", |_| unsafe {
+        self.call("cuSignalExternalSemaphoresAsync", || unsafe {
             (sharing.signal)(&raw const semaphore, &raw const params, 1, self.stream)
         })
     }
 
     fn synchronize(&self) -> Result<(), String> {
         // SAFETY: the stream is this driver's.
-        self.call("cuStreamSynchronize", |f| unsafe { (f.synchronize)(self.stream) })
+        self.call("cuStreamSynchronize", || unsafe { (self.functions.synchronize)(self.stream) })
     }
 
     fn check(&self) -> Result<bool, String> {

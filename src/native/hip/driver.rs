@@ -9,17 +9,12 @@ use std::path::Path;
 use std::ptr::null_mut;
 
 use super::Wanted;
-use crate::native::kernel::Launcher;
+use crate::native::device::{
+    self, DEDICATED, Device, Modules, NON_BLOCKING, NOT_READY, SUCCESS, Status,
+};
 use crate::native::load::{Library, functions};
 use crate::native::{Fd, Mapped, Runtime};
 
-/// hipError_t.
-type Status = c_int;
-/// hipSuccess, hipErrorNotReady.
-const SUCCESS: Status = 0;
-const NOT_READY: Status = 600;
-/// hipStreamNonBlocking: not ordered with the default stream.
-const NON_BLOCKING: c_uint = 1;
 /// hipMemcpyHostToDevice, hipMemcpyDeviceToHost.
 const TO_DEVICE: c_int = 1;
 const TO_HOST: c_int = 2;
@@ -38,6 +33,7 @@ functions! {
         current_device: "hipGetDevice" (*mut c_int) -> Status;
         set_device: "hipSetDevice" (c_int) -> Status;
         stream: "hipStreamCreateWithFlags" (*mut *mut c_void, c_uint) -> Status;
+        destroy_stream: "hipStreamDestroy" (*mut c_void) -> Status;
         synchronize: "hipStreamSynchronize" (*mut c_void) -> Status;
         query: "hipStreamQuery" (*mut c_void) -> Status;
         allocate: "hipMalloc" (*mut *mut c_void, usize) -> Status;
@@ -53,15 +49,6 @@ functions! {
         import: "hipImportExternalMemory" (*mut *mut c_void, *const ExternalMemory) -> Status;
         map: "hipExternalMemoryGetMappedBuffer" (*mut *mut c_void, *mut c_void, *const ExternalBuffer) -> Status;
         destroy: "hipDestroyExternalMemory" (*mut c_void) -> Status;
-    }
-}
-
-functions! {
-    /// What kernels need besides.
-    struct Modules {
-        load: "hipModuleLoadData" (*mut *mut c_void, *const c_void) -> Status;
-        function: "hipModuleGetFunction" (*mut *mut c_void, *mut c_void, *const c_char) -> Status;
-        launch: "hipModuleLaunchKernel" (*mut c_void, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, *mut c_void, *mut *mut c_void, *mut *mut c_void) -> Status;
     }
 }
 
@@ -81,9 +68,8 @@ struct Handle {
     unused: [c_int; 3],
 }
 
-/// hipExternalMemoryHandleTypeOpaqueFd, hipExternalMemoryDedicated.
+/// hipExternalMemoryHandleTypeOpaqueFd.
 const OPAQUE_FD: c_int = 1;
-const DEDICATED: c_uint = 1;
 
 /// hipExternalMemoryBufferDesc.
 #[repr(C)]
@@ -94,7 +80,8 @@ struct ExternalBuffer {
     reserved: [c_uint; 16],
 }
 
-/// A HIP device with a stream. Both stay for good, as the library does.
+/// A HIP device with a stream. What holds memory, handles or code of it holds the driver too, so the stream goes last; the
+/// library stays for good.
 pub(crate) struct Driver {
     functions: Functions,
     /// Or the function that is missing.
@@ -121,14 +108,8 @@ impl Functions {
         if status == SUCCESS {
             return Ok(());
         }
-        // SAFETY: it takes any number, and returns a constant.
-        let name = unsafe { (self.error_name)(status) };
-        if name.is_null() {
-            return Err(format!("{what}: HIP error {status}"));
-        }
-        // SAFETY: as above; the constant is a C string.
-        let name = unsafe { CStr::from_ptr(name) };
-        Err(format!("{what}: {} ({status})", name.to_string_lossy()))
+        // SAFETY: it takes any number, and returns a constant, which is a C string.
+        Err(unsafe { device::error(what, "HIP error", status, (self.error_name)(status)) })
     }
 
     /// Text that a function writes into a buffer of so many bytes.
@@ -193,7 +174,7 @@ impl Driver {
     /// Loads the runtime and opens the device.
     pub(crate) fn open(path: Option<&Path>, wanted: &Wanted) -> Result<Driver, String> {
         let library = library(path)?;
-        let functions = Functions::load(&library)?;
+        let functions = Functions::load(&library, "")?;
         let check = |what: &str, status| functions.check(what, status);
         // SAFETY: of this call and the next ones: the arguments are as HIP documents them, and pointers are to locals that
         // outlive the calls.
@@ -231,8 +212,16 @@ impl Driver {
         })?;
         let mut driver = Driver {
             functions,
-            sharing: Sharing::load(&library),
-            modules: Modules::load(&library),
+            sharing: Sharing::load(&library, ""),
+            modules: Modules::new(
+                &library,
+                [
+                    "hipModuleLoadData",
+                    "hipModuleGetFunction",
+                    "hipModuleLaunchKernel",
+                    "hipModuleUnload",
+                ],
+            ),
             device,
             stream: null_mut(),
             details: vec![
@@ -241,16 +230,33 @@ impl Driver {
             ],
         };
         let mut stream = null_mut();
-        driver.call("hipStreamCreateWithFlags", |f| {
+        driver.call("hipStreamCreateWithFlags", || {
             // SAFETY: as above; the device is current.
-            unsafe { (f.stream)(&raw mut stream, NON_BLOCKING) }
+            unsafe { (driver.functions.stream)(&raw mut stream, NON_BLOCKING) }
         })?;
         driver.stream = stream;
         Ok(driver)
     }
 
-    /// Runs `f` with the device current in this thread; then the one is that was before.
-    pub(crate) fn with<T>(&self, f: impl FnOnce() -> T) -> Result<T, String> {
+    /// Copies behind what is in the stream, which is not ordered with the default one, and waits.
+    fn copy(
+        &self,
+        to: *mut c_void,
+        from: *const c_void,
+        bytes: usize,
+        kind: c_int,
+    ) -> Result<(), String> {
+        // SAFETY: the callers'; both sides outlive the call, because the next one waits.
+        let queued = self.call("hipMemcpyAsync", || unsafe {
+            (self.functions.copy)(to, from, bytes, kind, self.stream)
+        });
+        self.synchronize().and(queued)
+    }
+}
+
+impl Device for Driver {
+    /// Afterwards the device is current that was before.
+    fn with<T>(&self, f: impl FnOnce() -> T) -> Result<T, String> {
         let mut before = 0;
         // SAFETY: the pointer is to a local.
         let status = unsafe { (self.functions.current_device)(&raw mut before) };
@@ -270,60 +276,25 @@ impl Driver {
         Ok(value)
     }
 
-    /// Copies behind what is in the stream, which is not ordered with the default one, and waits.
-    fn copy(
-        &self,
-        to: *mut c_void,
-        from: *const c_void,
-        bytes: usize,
-        kind: c_int,
-    ) -> Result<(), String> {
-        // SAFETY: the callers'; both sides outlive the call, because the next one waits.
-        let queued = self
-            .call("hipMemcpyAsync", |f| unsafe { (f.copy)(to, from, bytes, kind, self.stream) });
-        self.synchronize().and(queued)
-    }
-
-    fn call(&self, what: &str, f: impl FnOnce(&Functions) -> Status) -> Result<(), String> {
-        let status = self.with(|| f(&self.functions))?;
+    fn verdict(&self, what: &str, status: Status) -> Result<(), String> {
         self.functions.check(what, status)
     }
 
-    /// The stream that everything goes into.
-    pub(crate) fn stream(&self) -> *mut c_void {
+    fn stream(&self) -> *mut c_void {
         self.stream
+    }
+
+    fn modules(&self) -> Result<&Modules, String> {
+        self.modules.as_ref().map_err(Clone::clone)
     }
 }
 
-impl Launcher for Driver {
-    fn load(&self, code: &[u8], name: &CStr) -> Result<u64, String> {
-        let modules = self.modules.as_ref().map_err(Clone::clone)?;
-        let (mut module, mut function) = (null_mut(), null_mut());
-        // SAFETY: the code is a whole code object; the library copies it.
-        self.call("hipModuleLoadData", |_| unsafe {
-            (modules.load)(&raw mut module, code.as_ptr().cast())
-        })?;
-        // SAFETY: the module was just loaded, and stays.
-        self.call("hipModuleGetFunction", |_| unsafe {
-            (modules.function)(&raw mut function, module, name.as_ptr())
-        })?;
-        Ok(function as u64)
-    }
-
-    unsafe fn launch(
-        &self,
-        function: u64,
-        grid: [u32; 2],
-        threads: u32,
-        arguments: &mut [*mut c_void],
-    ) -> Result<(), String> {
-        let modules = self.modules.as_ref().map_err(Clone::clone)?;
-        let (stream, none) = (self.stream, null_mut());
-        // SAFETY: the caller's.
-        self.call("hipModuleLaunchKernel", |_| unsafe {
-            let (function, values) = (function as *mut c_void, arguments.as_mut_ptr());
-            (modules.launch)(function, grid[0], grid[1], 1, threads, 1, 1, 0, stream, values, none)
-        })
+impl Drop for Driver {
+    fn drop(&mut self) {
+        if !self.stream.is_null() && self.quiet() {
+            // SAFETY: made in `open`, and idle.
+            let _ = self.with(|| unsafe { (self.functions.destroy_stream)(self.stream) });
+        }
     }
 }
 
@@ -335,7 +306,9 @@ impl Runtime for Driver {
     fn allocate(&self, bytes: u64) -> Result<Mapped, String> {
         let mut address = null_mut();
         // SAFETY: the pointer is to a local.
-        self.call("hipMalloc", |f| unsafe { (f.allocate)(&raw mut address, bytes as usize) })?;
+        self.call("hipMalloc", || unsafe {
+            (self.functions.allocate)(&raw mut address, bytes as usize)
+        })?;
         Ok(Mapped { address: address as u64, handle: 0 })
     }
 
@@ -357,19 +330,19 @@ impl Runtime for Driver {
         };
         let mut memory = null_mut();
         // SAFETY: the descriptor is complete; the runtime owns the file descriptor if it succeeds.
-        self.call("hipImportExternalMemory", |_| unsafe {
+        self.call("hipImportExternalMemory", || unsafe {
             (sharing.import)(&raw mut memory, &raw const desc)
         })?;
         std::mem::forget(fd);
         let whole = ExternalBuffer { offset: 0, size: bytes, flags: 0, reserved: [0; 16] };
         let mut address = null_mut();
         // SAFETY: the memory was just imported and has so many bytes.
-        let mapped = self.call("hipExternalMemoryGetMappedBuffer", |_| unsafe {
+        let mapped = self.call("hipExternalMemoryGetMappedBuffer", || unsafe {
             (sharing.map)(&raw mut address, memory, &raw const whole)
         });
         if let Err(error) = mapped {
             // SAFETY: nothing was mapped from it.
-            self.call("hipDestroyExternalMemory", |_| unsafe { (sharing.destroy)(memory) })?;
+            self.call("hipDestroyExternalMemory", || unsafe { (sharing.destroy)(memory) })?;
             return Err(error);
         }
         Ok(Mapped { address: address as u64, handle: memory as u64 })
@@ -380,13 +353,15 @@ impl Runtime for Driver {
             // Its mapping goes with it.
             (Ok(sharing), handle @ 1..) => {
                 // SAFETY: the handle came from `import`, and the queue is idle.
-                self.call("hipDestroyExternalMemory", |_| unsafe {
+                self.call("hipDestroyExternalMemory", || unsafe {
                     (sharing.destroy)(handle as *mut c_void)
                 })
             }
             _ => {
                 // SAFETY: the address came from `allocate`, and the queue is idle.
-                self.call("hipFree", |f| unsafe { (f.free)(memory.address as *mut c_void) })
+                self.call("hipFree", || unsafe {
+                    (self.functions.free)(memory.address as *mut c_void)
+                })
             }
         };
         if let Err(error) = result {
@@ -416,7 +391,7 @@ impl Runtime for Driver {
 
     fn synchronize(&self) -> Result<(), String> {
         // SAFETY: the stream is this driver's.
-        self.call("hipStreamSynchronize", |f| unsafe { (f.synchronize)(self.stream) })
+        self.call("hipStreamSynchronize", || unsafe { (self.functions.synchronize)(self.stream) })
     }
 
     fn check(&self) -> Result<bool, String> {

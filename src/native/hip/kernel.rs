@@ -1,11 +1,11 @@
 //! The crate's own kernel for gfx950, `mxf4.hip`, compiled by hiprtc. Code for gfx950 loads on gfx950 alone.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use super::driver::Driver;
+use crate::native::Libraries;
 use crate::native::kernel::{Compiler, Route};
 use crate::native::load::Library;
-use crate::native::{Libraries, Runtime};
 
 /// The route's name.
 pub(crate) const NAME: &str = "hip-mxfp4";
@@ -17,14 +17,7 @@ pub(crate) fn open(libraries: &Libraries, driver: &Arc<Driver>) -> Result<Route<
         &["libhiprtc.so.7", "libhiprtc.so", "/opt/rocm/lib/libhiprtc.so"]
     };
     let library = Library::open(libraries.hiprtc.as_deref(), "MICROSCALING_HIPRTC", names)?;
-    let runtime: Arc<dyn Runtime> = Arc::<Driver>::clone(driver);
-    Ok(Route {
-        name: NAME,
-        compiler: Compiler::new(library, "hiprtc", "GetCode")?,
-        source: include_str!("mxf4.hip"),
-        target: "--offload-arch=gfx950".into(),
-        launcher: Arc::clone(driver),
-        runtime,
-        kernel: OnceLock::new(),
-    })
+    let compiler = Compiler::new(library, "hiprtc", "GetCode")?;
+    let target = "--offload-arch=gfx950".into();
+    Ok(Route::new(NAME, compiler, include_str!("mxf4.hip"), target, driver))
 }
