@@ -193,13 +193,13 @@ fn correct(words: &[u32], fragments: &Component, converts: bool) -> Result<Vec<u
         .filter(|(op, _)| *op == OP_TYPE_COOPERATIVE_MATRIX)
         .map(|(_, a)| a[0])
         .collect();
-    let mut conversion = converts.then(|| {
+    let mut conversion = Conversion::default();
+    if converts {
         let converted = |(op, a): &&Instruction| *op == OP_CONVERT_U_TO_F && Some(a[0]) == half2;
-        let codes = instructions.iter().filter(converted).map(|(_, a)| a[2]).collect();
-        let pair = header[3] + 1;
+        conversion.codes = instructions.iter().filter(converted).map(|(_, a)| a[2]).collect();
+        conversion.pair = header[3] + 1;
         header[3] += 2;
-        Conversion { pair, codes, ..Default::default() }
-    });
+    }
     let mut constants = HashMap::new();
     let mut bounded = HashMap::new();
     let mut unpacked = HashMap::new();
@@ -227,28 +227,20 @@ fn correct(words: &[u32], fragments: &Component, converts: bool) -> Result<Vec<u
                 bounded.insert(a[1], a[4]);
             }
             // Operands: result type, result, base, offset, count, the last two bounded by what naga makes sure of.
-            OP_BIT_FIELD_U_EXTRACT => {
-                if let Some(conversion) = conversion.as_ref().filter(|c| c.codes.contains(&a[1])) {
-                    let [offset, count] = [a[3], a[4]].map(|at| bounded.get(&at).copied());
-                    if count.and_then(|count| constants.get(&count)) != Some(&4) {
-                        return Err("a code of E2M1 that has not four bits".into());
-                    }
-                    *op = OP_BITCAST_EXTRACT;
-                    *a = vec![conversion.pair, a[1], a[2], offset.ok_or("a field of no offset")?];
+            OP_BIT_FIELD_U_EXTRACT if conversion.codes.contains(&a[1]) => {
+                let [offset, count] = [a[3], a[4]].map(|at| bounded.get(&at).copied());
+                if count.and_then(|count| constants.get(&count)) != Some(&4) {
+                    return Err("a code of E2M1 that has not four bits".into());
                 }
+                *op = OP_BITCAST_EXTRACT;
+                *a = vec![conversion.pair, a[1], a[2], offset.ok_or("a field of no offset")?];
             }
-            OP_CONVERT_U_TO_F if Some(a[0]) == half2 => {
-                if let Some(conversion) = &mut conversion {
-                    *op = OP_F_CONVERT;
-                    conversion.values.insert(a[1]);
-                }
+            OP_CONVERT_U_TO_F if conversion.codes.contains(&a[2]) => {
+                *op = OP_F_CONVERT;
+                conversion.values.insert(a[1]);
             }
-            OP_F_MUL => {
-                if let Some(conversion) = &mut conversion {
-                    if a[2..].iter().any(|factor| conversion.values.contains(factor)) {
-                        conversion.products.push(a[1]);
-                    }
-                }
+            OP_F_MUL if a[2..].iter().any(|factor| conversion.values.contains(factor)) => {
+                conversion.products.push(a[1]);
             }
             OP_EXT_INST if a.len() == 5 && a[3] == GLSL_UNPACK_HALF_2X16 => {
                 unpacked.insert(a[1], a[4]);
@@ -292,7 +284,7 @@ fn correct(words: &[u32], fragments: &Component, converts: bool) -> Result<Vec<u
             instructions.insert(matrix, instruction);
         }
     }
-    if let Some(conversion) = conversion {
+    if converts {
         convert(&mut instructions, conversion)?;
     }
     let mut out = header;

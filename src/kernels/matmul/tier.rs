@@ -259,12 +259,12 @@ fn tensor(
     Ok((by, side))
 }
 
-/// `by` with E2M1 operands converted by VK_EXT_shader_ocp_microscaling_types, if an operand is one that is, and if the device
-/// can or is to emulate it.
-fn converting(gpu: &Gpu, desc: &MatmulDesc, by: Fragments) -> Option<Fragments> {
-    let emulated = match by {
-        Fragments::Spirv if gpu.e2m1_conversion => false,
-        Fragments::Emulated if gpu.ocp_conversion => true,
+/// The tensor tier's fragments with E2M1 operands converted by VK_EXT_shader_ocp_microscaling_types, if an operand is one that
+/// is, and if the device can or is to emulate it.
+fn converting(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, by: Fragments) -> Option<Fragments> {
+    let emulated = match (tier, by) {
+        (Tier::Tensor, Fragments::Spirv) if gpu.e2m1_conversion => false,
+        (Tier::Tensor, Fragments::Emulated) if gpu.ocp_conversion => true,
         _ => return None,
     };
     let any = [desc.a, desc.b].iter().any(|operand| wide(operand, desc.k));
@@ -371,7 +371,7 @@ fn usual(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool) -> Shape {
     let tiles = rows.div_ceil(128) * desc.n.div_ceil(128) * desc.batch;
     if tier == Tier::Tensor {
         let (by, side) = tensor(Some(gpu), desc).unwrap_or((Fragments::Emulated, 16));
-        let by = converting(gpu, desc, by).filter(|_| gpu.ocp_conversion).unwrap_or(by);
+        let by = converting(gpu, desc, tier, by).filter(|_| gpu.ocp_conversion).unwrap_or(by);
         let tiles = tiles * desc.experts.unwrap_or(1);
         let (subgroups, fragments, slices) = match (by, rows) {
             (Fragments::Wgsl, _) if side == 8 => ([2, 2], [4, 4], 1),
@@ -437,6 +437,7 @@ pub(super) fn candidates(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool)
     match (usual, tier) {
         (Shape::Tensor { by: Fragments::Wgsl, .. }, _) => {}
         (Shape::Tensor { by, side, .. }, _) => {
+            let by = by.matrices();
             let wide: &[([u32; 2], [u32; 2], &[u32])] = &[
                 ([2, 2], [4, 4], &[1, 2]),
                 ([2, 2], [4, 2], &[1, 2]),
@@ -459,12 +460,8 @@ pub(super) fn candidates(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool)
             ];
             let tiles = if is_skinny(desc) { narrow } else { wide };
             // The emulation is for tests.
-            let count = if by.matrices() == Fragments::Emulated { 3 } else { tiles.len() };
-            let ways = [Some(by.matrices()), converting(gpu, desc, by.matrices())];
-            let ways: Vec<_> = match tier {
-                Tier::Tensor => ways.into_iter().flatten().collect(),
-                _ => vec![by],
-            };
+            let count = if by == Fragments::Emulated { 3 } else { tiles.len() };
+            let ways: Vec<_> = std::iter::once(by).chain(converting(gpu, desc, tier, by)).collect();
             for (subgroups, fragments, slices) in &tiles[..count] {
                 // The exact tier's additions have an order, and slices that are joined later are enough.
                 let one = tier == Tier::Exact || sliced;
