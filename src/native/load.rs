@@ -81,3 +81,29 @@ macro_rules! functions {
     };
 }
 pub(crate) use functions;
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    /// A symbol whose address is zero, as a linker may make it.
+    #[test]
+    fn null_symbols_are_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        let [source, path] = ["null.s", "libnull.so"].map(|name| dir.path().join(name));
+        let text = ".globl nothing, something\n.set nothing, 0\nsomething: ret\n";
+        std::fs::write(&source, text).unwrap();
+        let args = ["-shared", "-nostdlib", "-o"];
+        let made = std::process::Command::new("cc").args(args).args([&path, &source]).status();
+        if !made.is_ok_and(|status| status.success()) {
+            eprintln!("no C compiler: not tested");
+            return;
+        }
+        let library = Library::open(Some(&path), "", &[]).unwrap();
+        // SAFETY: none is called.
+        let get = |name: &str| unsafe { library.get::<unsafe extern "C" fn()>(name) };
+        assert!(get("something").is_ok());
+        assert!(get("nothing").unwrap_err().ends_with("has no function nothing"));
+        assert!(get("none\0of these").is_err());
+    }
+}

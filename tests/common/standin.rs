@@ -6,8 +6,6 @@ use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use microscaling::wgpu;
-
 pub struct Standin {
     pub path: PathBuf,
     library: libloading::Library,

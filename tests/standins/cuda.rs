@@ -14,7 +14,7 @@ use log::{gone, last, log, made, setting};
 type Status = c_int;
 
 /// What the suites set, by number.
-static SETTINGS: [AtomicU64; 12] = [
+static SETTINGS: [AtomicU64; 13] = [
     AtomicU64::new(0), // 0, 1: the second device's UUID, big-endian.
     AtomicU64::new(0),
     AtomicU64::new(13000), // 2: the driver's version.
@@ -27,6 +27,7 @@ static SETTINGS: [AtomicU64; 12] = [
     AtomicU64::new(0),
     AtomicU64::new(0), // 10: what cuModuleLoadData returns.
     AtomicU64::new(0), // 11: what cuLaunchKernel returns.
+    AtomicU64::new(0), // 12: whether there are semaphores. They order nothing.
 ];
 
 #[unsafe(no_mangle)]
@@ -314,32 +315,49 @@ mod sharing {
         reserved: [c_uint; 16],
     }
 
+    const SEMAPHORE: *mut c_void = 0x8000 as *mut c_void;
+
     #[unsafe(no_mangle)]
     pub unsafe extern "C" fn cuImportExternalSemaphore(
-        _: *mut *mut c_void,
+        out: *mut *mut c_void,
         desc: *const SemaphoreDesc,
     ) -> Status {
-        let SemaphoreDesc { kind, flags, .. } = unsafe { desc.read() };
+        let SemaphoreDesc { kind, fd, flags, .. } = unsafe { desc.read() };
         log(format!("cuImportExternalSemaphore kind {kind} flags {flags}"));
-        // Not possible without the other driver's help.
-        801
+        if setting(12) == 0 {
+            // Not possible without the other driver's help.
+            return 801;
+        }
+        made("semaphore", SEMAPHORE as u64);
+        unsafe {
+            // The descriptor is the importer's.
+            close(fd as c_int);
+            *out = SEMAPHORE;
+        }
+        current()
     }
 
     #[unsafe(no_mangle)]
-    pub extern "C" fn cuDestroyExternalSemaphore(_: *mut c_void) -> Status {
-        801
+    pub extern "C" fn cuDestroyExternalSemaphore(semaphore: *mut c_void) -> Status {
+        gone("semaphore", semaphore as u64);
+        current()
     }
 
     macro_rules! ordering {
         ($name:ident) => {
             #[unsafe(no_mangle)]
-            pub extern "C" fn $name(
-                _: *const c_void,
-                _: *const c_void,
-                _: c_uint,
-                _: *mut c_void,
+            pub unsafe extern "C" fn $name(
+                semaphores: *const *mut c_void,
+                values: *const u64,
+                count: c_uint,
+                stream: *mut c_void,
             ) -> Status {
-                801
+                let (semaphore, value) = unsafe { (*semaphores, *values) };
+                log(format!(
+                    concat!(stringify!($name), " {} {:?} value {} stream {:?}"),
+                    count, semaphore, value, stream
+                ));
+                if semaphore == SEMAPHORE { current() } else { 400 }
             }
         };
     }

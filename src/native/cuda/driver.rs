@@ -447,3 +447,77 @@ fn dotted(version: c_int) -> String {
 fn hex(bytes: [u8; 16]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
+
+#[cfg(all(test, target_os = "linux"))]
+#[path = "../../../tests/common/standin.rs"]
+#[allow(dead_code)]
+mod standin;
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::standin::standin;
+    use super::*;
+
+    fn file() -> Fd {
+        std::fs::File::open("/dev/null").unwrap().into()
+    }
+
+    /// Software adapters share no semaphores, so here the driver is alone with its stand-in.
+    #[test]
+    fn a_driver_destroys_what_it_made() {
+        let standin = standin("cuda", &[]);
+        standin.set(12, 1);
+        let driver = Driver::open(Some(&standin.path), [0; 16]).unwrap();
+        driver.import_timeline(file()).unwrap();
+        driver.wait(3).unwrap();
+        driver.signal(4).unwrap();
+        let log = standin.log();
+        for line in [
+            "cuImportExternalSemaphore kind 9 flags 0",
+            "cuWaitExternalSemaphoresAsync 1 0x8000 value 3 stream 0x2000",
+            "cuSignalExternalSemaphoresAsync 1 0x8000 value 4 stream 0x2000",
+        ] {
+            assert!(log.contains(line), "{line} is missing in\n{log}");
+        }
+        let memory = driver.allocate(100).unwrap();
+        for kind in ["context", "stream", "semaphore", "memory"] {
+            assert!(standin.left().contains(kind), "{kind}");
+        }
+        driver.release(memory);
+        drop(driver);
+        assert_eq!(standin.left(), "");
+    }
+
+    #[test]
+    fn a_queue_that_does_not_end_keeps_what_it_works_with() {
+        let standin = standin("cuda", &[]);
+        let driver = Driver::open(Some(&standin.path), [0; 16]).unwrap();
+        standin.set(3, NOT_READY as u64);
+        assert!(!driver.quiet());
+        drop(driver);
+        assert_eq!(standin.left(), "context 0x65\nstream 0x2000\n");
+    }
+
+    #[test]
+    fn what_is_missing_or_fails_leaves_nothing() {
+        for (without, setting) in [
+            ("cuStreamDestroy_v2", (0, 0)),
+            ("cuDestroyExternalSemaphore", (0, 0)),
+            ("cuModuleUnload", (0, 0)),
+            ("cuGetErrorName", (0, 0)),
+            ("cuLaunchKernel", (4, 999)),
+        ] {
+            let standin = standin("cuda", &[without]);
+            standin.set(setting.0, setting.1);
+            let driver = Driver::open(Some(&standin.path), [0; 16]);
+            if let Ok(driver) = &driver {
+                let lacking = [driver.sharing().err(), driver.modules().err()];
+                let lacking = lacking.into_iter().flatten().next().unwrap_or_default();
+                assert!(lacking.ends_with(&format!("has no function {without}")), "{lacking}");
+                assert!(driver.import_timeline(file()).is_err());
+            }
+            drop(driver);
+            assert_eq!(standin.left(), "", "{without}");
+        }
+    }
+}
