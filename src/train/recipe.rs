@@ -826,7 +826,7 @@ mod tests {
             assert_eq!(rates[99], if decay == 0.0 { 1.0 } else { 0.1 });
         }
         // A share that the rise leaves no room for is what is left.
-        assert_eq!(rates(1.0), rates(0.9));
+        assert_eq!(rates(1.0), rates(0.95));
         let late = rates(0.2);
         assert!(late[9..80].iter().all(|rate| *rate == 1.0) && late[80] < 1.0);
         assert!((late[89] - 0.55).abs() < 1e-6, "half way down a cosine");
