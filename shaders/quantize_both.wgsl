@@ -1,7 +1,8 @@
 // quantize_both: a tile of x, read once, to codes and scales of one or two sides: blocks along the rows (r_), down the
 // columns (c_, stored transposed), each after a Walsh-Hadamard transform of its own if it has one (lib/side.wgsl).
-// Layout:   x[matrices · rows, cols] of quads, each matrix packed for itself · a side: codes[lines, line_units units] · scales[lines, blocks bytes] · state, see
-//           quantize.wgsl · clip[1], f32 bits · skip[ceil(cols/32)], a bit a column · counters[8]
+// Layout:   x[matrices · rows, cols] of quads, each matrix packed for itself · a side: codes[lines, line_units units] ·
+//           scales[lines, blocks bytes] · state, see quantize.wgsl · clip[1], f32 bits · skip[ceil(cols/32)], a bit a column ·
+//           counters[8]
 // Numerics: exact. Integer-only but for the transform, which adds f32 in a fixed order, without subnormals and overflow.
 // Dispatch: matrices · ceil(rows / TILE_ROWS) · ceil(cols / TILE_COLS) workgroups, spread over x and y; scales zeroed before
 // Twin:     src/kernels/quantize_both.rs

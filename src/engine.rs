@@ -71,9 +71,9 @@ pub struct Options {
     /// Emulate its products in FP8 as well, for E2M1 operands; for tests, with [`Options::emulate_tensor`].
     pub emulate_fp8: bool,
     /// Decode E2M1 operands of [`crate::Tier::Tensor`] by the conversions of VK_EXT_shader_ocp_microscaling_types instead of by
-    /// their bits, where lines are whole vectors of 128: the same bits of outputs. Nobody has measured it, so nothing does it
-    /// by itself; where the device has it, [`crate::Tuning::measure`] tries both. An error on a device without, and on the
-    /// CPU engine. With [`Options::emulate_tensor`] it is emulated, for tests.
+    /// their bits, where lines are whole vectors of 128 and FP8 has not taken them: the same bits of outputs. Nobody has
+    /// measured it, so nothing does it by itself; where the device has it, [`crate::Tuning::measure`] tries both. An error on a
+    /// device without, and on the CPU engine. With [`Options::emulate_tensor`] it is emulated, for tests.
     pub ocp_conversion: bool,
     /// Ask for the graphics API's validation layers (slow; messages go to `log`).
     pub validation: bool,

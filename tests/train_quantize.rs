@@ -22,6 +22,7 @@ fn suite(form: &str) -> Vec<(&'static str, Test)> {
         ("without_a_transform_equals_quantize", equals_quantize),
         ("with_transforms_equals_the_reference", equals_the_reference),
         ("stacks_are_packed_matrix_by_matrix", stacks),
+        ("ragged_stacks_are_those_of_the_cpu", ragged_stacks),
         ("three_quarters_do_not_clip", three_quarters),
         ("products_of_transformed_operands", products),
         ("counters_count", counters),
@@ -291,6 +292,40 @@ fn equals_the_reference(ctx: &Context, step: usize) -> Result<(), Failed> {
     let values = transform(&values, [rows, cols], Axis::Zero, side.hadamard);
     let (got, nonfinite) = got.unwrap();
     compare("ragged columns", &got, nonfinite, &values, &desc(&side, Axis::Zero));
+    Ok(())
+}
+
+/// Matrices whose rows are no whole blocks, drawn for and counted, as the CPU engine has them.
+fn ragged_stacks(ctx: &Context, step: usize) -> Result<(), Failed> {
+    for turn in (0..vector_specs().len()).step_by(step) {
+        let size = [0, 16][turn / 2 % 2];
+        let (matrices, rows, cols) = (3, if size > 0 { 80 } else { 76 - 4 * (turn % 4) }, 20);
+        let rounding = Rounding::Stochastic { seed: 7, stream: turn as u64 };
+        let columns = Side { rounding, ..side(turn, size) };
+        let along = Side { rounding, ..side(turn + 1, 0) };
+        let bytes = selftest::input(DType::F32, matrices * rows, cols);
+        let pack = |ctx: &Context| -> Result<_, Failed> {
+            let x = ctx.upload(DType::F32, matrices * rows, cols, &bytes)?;
+            let mut down = garbage(ctx, &desc(&columns, Axis::One), matrices * cols, rows)?;
+            let mut across = garbage(ctx, &desc(&along, Axis::One), matrices * rows, cols)?;
+            let mut counters = ctx.zeros_ids(COUNTERS)?;
+            let both = QuantizeBoth::new(ctx, Some(along), Some(columns))?.stacked(matrices);
+            let mut stream = ctx.stream();
+            let (outs, guards) = ((Some(&mut across), Some(&mut down)), Guards::default());
+            both.record(&mut stream, &x, outs.0, outs.1, &guards, Some(&mut counters))?;
+            ctx.submit(stream)?;
+            let [across, down] = [ctx.read_mx_blocking(&across)?, ctx.read_mx_blocking(&down)?];
+            Ok((across, down, ctx.read_ids_blocking(&counters)?))
+        };
+        let (got, want) = (pack(ctx)?, pack(&Context::cpu())?);
+        let what = format!("{columns:?} {matrices} of {rows}x{cols}");
+        for (got, want) in [(got.0, want.0), (got.1, want.1)] {
+            assert_bytes(&format!("scales of {what}"), got.scales(), want.scales());
+            assert_bytes(&format!("codes of {what}"), got.codes(), want.codes());
+        }
+        assert_eq!(got.2, want.2, "counters of {what}");
+        assert!(got.2[3] > 0 && got.2[7] > 0, "{what}: nothing was counted");
+    }
     Ok(())
 }
 

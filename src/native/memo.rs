@@ -9,22 +9,29 @@ pub(crate) const CAP: usize = 256;
 #[derive(Debug)]
 pub(crate) struct Memo<K, V> {
     known: HashMap<K, V>,
+    room: usize,
 }
 
 impl<K, V> Default for Memo<K, V> {
     fn default() -> Memo<K, V> {
-        Memo { known: HashMap::new() }
+        Memo { known: HashMap::new(), room: CAP }
     }
 }
 
 impl<K: Eq + Hash, V> Memo<K, V> {
     /// Whether what is asked next makes all others forgotten.
     pub(crate) fn is_full(&self, key: &K) -> bool {
-        self.known.len() >= CAP && !self.known.contains_key(key)
+        self.known.len() >= self.room && !self.known.contains_key(key)
     }
 
     pub(crate) fn clear(&mut self) {
         self.known.clear();
+        self.room = CAP;
+    }
+
+    /// Makes room where answers cannot be forgotten yet.
+    pub(crate) fn grow(&mut self) {
+        self.room += CAP;
     }
 
     /// What is known, or what `make` says now.
@@ -62,5 +69,15 @@ mod tests {
         for key in 0..10 * CAP {
             assert!(ask(key).0 <= CAP);
         }
+        let mut memo = Memo::default();
+        for key in 0..CAP {
+            memo.get(key, || ());
+        }
+        memo.grow();
+        assert!(!memo.is_full(&CAP));
+        memo.get(CAP, || ());
+        assert_eq!(memo.known.len(), CAP + 1);
+        memo.clear();
+        assert_eq!((memo.known.len(), memo.room), (0, CAP));
     }
 }

@@ -9,6 +9,7 @@ use super::{
     Accumulation, NativeRoute, Packing, Problem, Report, RouteReport, RouteState, selftest,
 };
 use crate::engine::gpu::Gpu;
+use crate::kernels::matmul::native::Refused;
 use crate::{Context, MxSpec};
 
 /// A route, or its name and why it is not there.
@@ -29,8 +30,8 @@ pub(crate) struct Registry {
 pub(crate) struct Entry {
     pub(crate) route: Arc<dyn NativeRoute>,
     pub(crate) share: Arc<Mutex<Share>>,
-    /// What the known-answer test took for each pair of formats, or why the route declines the test's problem.
-    tested: Mutex<HashMap<[MxSpec; 2], Result<Duration, String>>>,
+    /// What the known-answer test took for each pair of formats.
+    tested: Mutex<HashMap<[MxSpec; 2], Duration>>,
     /// Why the route is of no use any more. Apart from `tested`, which is locked while a test runs.
     disabled: Mutex<Option<String>>,
 }
@@ -58,42 +59,45 @@ impl Entry {
     /// Runs the known-answer test if it has not run for the pair, and says whether the route may be used for it. A pair that is
     /// wrong disables the route for all.
     fn ready(self: &Arc<Self>, ctx: &Context, pair: [MxSpec; 2]) -> Result<(), String> {
+        let usable = || self.disabled().map_or(Ok(()), Err);
+        usable()?;
+        if lock(&self.tested).contains_key(&pair) {
+            return Ok(());
+        }
+        let declines = |reason| format!("declines the known-answer test: {reason}");
+        let packings = self.route.accepts(&selftest::problem(pair)).map_err(declines)?;
+        // Before the lock: threads of the CPU engine's, which compute the answers, may come here too.
+        let known = selftest::known(pair, &packings)?;
         // Held throughout: who comes second waits for the verdict.
         let mut tested = lock(&self.tested);
-        if let Some(reason) = self.disabled() {
-            return Err(reason);
+        usable()?;
+        if tested.contains_key(&pair) {
+            return Ok(());
         }
-        let verdict = match tested.get(&pair) {
-            Some(known) => known.clone(),
-            None => {
-                let start = Instant::now();
-                let verdict = match self.route.accepts(&selftest::problem(pair)) {
-                    Err(reason) => Err(format!("declines the known-answer test: {reason}")),
-                    Ok(packings) => {
-                        if let Err(reason) = selftest::run(ctx, self, pair, &packings) {
-                            let [a, b] = pair;
-                            self.disable(format!("known-answer test of {a} × {b}: {reason}"));
-                        }
-                        Ok(start.elapsed())
-                    }
-                };
-                tested.insert(pair, verdict.clone());
-                verdict
+        let [a, b] = pair;
+        let start = Instant::now();
+        match selftest::run(ctx, self, &known) {
+            Ok(()) => {
+                tested.insert(pair, start.elapsed());
             }
-        };
-        verdict?;
-        self.disabled().map_or(Ok(()), Err)
+            Err(Refused::Failed(reason)) => {
+                self.disable(format!("known-answer test of {a} × {b}: {reason}"));
+            }
+            Err(Refused::Declined(reason)) => {
+                return Err(format!("the known-answer test of {a} × {b} could not run: {reason}"));
+            }
+        }
+        usable()
     }
 
     fn state(&self) -> RouteState {
         if let Some(reason) = self.disabled() {
             return RouteState::Disabled(reason);
         }
-        let passed: Vec<_> =
-            lock(&self.tested).values().filter_map(|verdict| verdict.clone().ok()).collect();
+        let passed = lock(&self.tested);
         match passed.len() {
             0 => RouteState::Untested,
-            _ => RouteState::Passed(passed.iter().sum()),
+            _ => RouteState::Passed(passed.values().sum()),
         }
     }
 
@@ -103,6 +107,13 @@ impl Entry {
             Some(reason) => Err(format!("{reason}: so only by name")),
             None => Ok(()),
         }
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        // What the route destroys is not to be at work, however long that takes.
+        self.share().finish();
     }
 }
 

@@ -5,12 +5,12 @@
 //!
 //! - *Sums*: elements are 0 and ±1, scales 1, 2 and 4, differing from block to block, so that every partial sum is a whole number
 //!   below 2¹². Then crosses: a scale of A and one of B are doubled, in places that cover the corners of all scale layouts, or an
-//!   element of each changes its sign. Exactly the rows and columns of those must change, and to the answer again. All-ones data
+//!   element of each changes its sign. The answers change in exactly the rows and columns of those (a test below). All-ones data
 //!   could not tell one order of scales from another.
 //! - *Codes*: one operand has a single element in each line, so that each output is one product. The other has all codes of its
-//!   format, but for infinities and NaN, under scales spread as far as the route holds exactly; then the other way round.
+//!   format, but for infinities and NaN, under scales that spread over 40 powers of two (17 where the route's are relative UE4M3,
+//!   12 where it has none); then the other way round.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use super::registry::Entry;
@@ -18,6 +18,7 @@ use super::{Codes, Packing, Problem, RouteScale};
 use crate::engine::Engine;
 use crate::formats::block::{pack, unpack};
 use crate::formats::{Layout, MxSpec, MxTensor};
+use crate::kernels::matmul::native::Refused;
 use crate::kernels::native_pack::e4m3;
 use crate::rng::{ROUNDS, threefry4x32};
 use crate::{Axis, Context, DType, Element, Matmul, MatmulDesc, ScaleFormat, Tier};
@@ -39,82 +40,54 @@ pub(crate) fn problem([a, b]: [MxSpec; 2]) -> Problem {
     Problem { m: M, n: N, k: K, a, b }
 }
 
-/// Runs the test for a pair, as the route packs it; says what was wrong.
-pub(crate) fn run(
-    ctx: &Context,
-    entry: &Arc<Entry>,
-    pair: [MxSpec; 2],
-    packings: &[Packing; 2],
-) -> Result<(), String> {
+/// A product with its answer.
+pub(crate) struct Known {
+    operands: [MxTensor; 2],
+    answer: Vec<f32>,
+}
+
+/// The products of the test for a pair, as the route packs it.
+pub(crate) fn known(pair: [MxSpec; 2], packings: &[Packing; 2]) -> Result<Vec<Known>, String> {
+    let known = |operands| Ok(Known { answer: answer(&operands)?, operands });
+    data(pair, packings)?.into_iter().map(known).collect()
+}
+
+/// Multiplies them on the route. A wrong answer is a failure of the route, and so is the library's; that the test could not run
+/// is none.
+pub(crate) fn run(ctx: &Context, entry: &Arc<Entry>, known: &[Known]) -> Result<(), Refused> {
+    known.iter().try_for_each(|product| check(ctx, entry, product))
+}
+
+/// What is multiplied: sums, the crosses, and codes of A and of B.
+fn data(pair: [MxSpec; 2], packings: &[Packing; 2]) -> Result<Vec<[MxTensor; 2]>, String> {
     let sums = [operand(pair[0], M, 1)?, operand(pair[1], N, 2)?];
-    let base = product(ctx, entry, &sums)?;
-    for places in CROSSES {
-        let [(a, of_a), (b, of_b)] = places;
-        let doubled = [doubled(&sums[0], a, of_a)?, doubled(&sums[1], b, of_b)?];
-        let lines = [sharing(pair[0], a, M), sharing(pair[1], b, N)];
-        let what = format!(
-            "doubling the scales of A's line {a}, block {of_a}, and of B's line {b}, block {of_b},"
-        );
-        crossed(&base, &product(ctx, entry, &doubled)?, lines, &what)?;
+    let mut all = vec![sums.clone()];
+    for [(a, of_a), (b, of_b)] in CROSSES {
+        all.push([doubled(&sums[0], a, of_a)?, doubled(&sums[1], b, of_b)?]);
     }
-    let [a, b] = SIGNS;
-    let what = format!("changing the sign of an element of A's line {a} and of B's line {b}");
-    let negated = [negated(&sums[0], a)?, negated(&sums[1], b)?];
-    crossed(&base, &product(ctx, entry, &negated)?, [a..a + 1, b..b + 1], &what)?;
+    all.push([negated(&sums[0], SIGNS[0])?, negated(&sums[1], SIGNS[1])?]);
     for dense in [0, 1] {
-        product(ctx, entry, &codes(pair, packings, dense)?)?;
+        all.push(codes(pair, packings, dense)?);
     }
-    Ok(())
+    Ok(all)
 }
 
-/// The lines that share their scales with `line`.
-fn sharing(spec: MxSpec, line: usize, lines: usize) -> Range<usize> {
-    let side = spec.block.lines();
-    line / side * side..(line / side * side + side).min(lines)
-}
-
-/// Whether exactly these rows and these columns of the outputs changed.
-fn crossed(
-    base: &[f32],
-    changed: &[f32],
-    [rows, columns]: [Range<usize>; 2],
-    what: &str,
-) -> Result<(), String> {
-    let (mut in_rows, mut in_columns) = (false, false);
-    for (i, j) in (0..M).flat_map(|i| (0..N).map(move |j| (i, j))) {
-        if base[i * N + j] == changed[i * N + j] {
-            continue;
-        }
-        match (rows.contains(&i), columns.contains(&j)) {
-            (false, false) => return Err(format!("{what} changed output ({i}, {j})")),
-            (true, false) => in_rows = true,
-            (false, true) => in_columns = true,
-            (true, true) => {}
-        }
-    }
-    match (in_rows, in_columns) {
-        (true, true) => Ok(()),
-        (false, _) => Err(format!("{what} changed no row")),
-        (_, false) => Err(format!("{what} changed no column")),
-    }
-}
-
-/// The product on the route, if it is the answer.
-fn product(
-    ctx: &Context,
-    entry: &Arc<Entry>,
-    operands: &[MxTensor; 2],
-) -> Result<Vec<f32>, String> {
-    let say = |error: crate::Error| error.to_string();
-    let desc = desc(operands, Tier::Native);
-    let want = answer(operands)?;
-    let got = multiply(ctx, &Matmul::on_route(ctx, &desc, entry).map_err(say)?, operands, true)?;
+/// Whether the route's product is the answer.
+fn check(ctx: &Context, entry: &Arc<Entry>, known: &Known) -> Result<(), Refused> {
+    let Known { operands, answer } = known;
+    let unable = |error: crate::Error| Refused::Declined(error.to_string());
+    let matmul = Matmul::on_route(ctx, &desc(operands, Tier::Native), entry).map_err(unable)?;
+    let got = multiply(ctx, &matmul, operands, true)?;
     // NaN is not equal to anything; a zero may have either sign.
-    match (0..M * N).find(|at| got[*at] != want[*at]) {
-        None => Ok(got),
-        Some(at) => {
-            Err(format!("output ({}, {}) is {}, the answer {}", at / N, at % N, got[at], want[at]))
-        }
+    match (0..M * N).find(|at| got[*at] != answer[*at]) {
+        None => Ok(()),
+        Some(at) => Err(Refused::Failed(format!(
+            "output ({}, {}) is {}, the answer {}",
+            at / N,
+            at % N,
+            got[at],
+            answer[at]
+        ))),
     }
 }
 
@@ -127,7 +100,7 @@ fn desc(operands: &[MxTensor; 2], tier: Tier) -> MatmulDesc {
 fn answer(operands: &[MxTensor; 2]) -> Result<Vec<f32>, String> {
     let cpu = Context::cpu();
     let matmul = Matmul::new(&cpu, &desc(operands, Tier::Auto)).map_err(|e| e.to_string())?;
-    multiply(&cpu, &matmul, operands, false)
+    multiply(&cpu, &matmul, operands, false).map_err(|refused| refused.reason())
 }
 
 fn multiply(
@@ -135,31 +108,32 @@ fn multiply(
     matmul: &Matmul,
     operands: &[MxTensor; 2],
     alone: bool,
-) -> Result<Vec<f32>, String> {
-    let say = |error: crate::Error| error.to_string();
-    let a = ctx.upload_mx(&operands[0]).map_err(say)?;
-    let b = ctx.upload_mx(&operands[1]).map_err(say)?;
+) -> Result<Vec<f32>, Refused> {
+    let unable = |error: crate::Error| Refused::Declined(error.to_string());
+    let a = ctx.upload_mx(&operands[0]).map_err(unable)?;
+    let b = ctx.upload_mx(&operands[1]).map_err(unable)?;
     let nan = vec![0xff; M * N * 4];
-    let mut y = ctx.upload(DType::F32, M, N, &nan).map_err(say)?;
+    let mut y = ctx.upload(DType::F32, M, N, &nan).map_err(unable)?;
     let mut stream = ctx.stream();
     match (alone, ctx.engine()) {
         (true, Engine::Gpu(gpu)) => {
-            let flag = gpu.create_buffer("mx.native.test", 16).map_err(say)?;
+            let flag = gpu.create_buffer("mx.native.test", 16).map_err(unable)?;
             matmul.record_on_route(&mut stream, &a, &b, &mut y, &flag)?;
-            ctx.submit(stream).map_err(say)?;
+            ctx.submit(stream).map_err(unable)?;
             let mut word = Vec::new();
-            pollster::block_on(gpu.read(&flag, 4, &mut word)).map_err(say)?;
+            pollster::block_on(gpu.read(&flag, 4, &mut word)).map_err(unable)?;
             // The next tier's answer says nothing about the route.
             if word.iter().any(|byte| *byte != 0) {
-                return Err("packing says that it does not hold the test's values".into());
+                let reason = "packing says that it does not hold the test's values";
+                return Err(Refused::Failed(reason.into()));
             }
         }
         _ => {
-            matmul.record(&mut stream, &a, &b, &mut y).map_err(say)?;
-            ctx.submit(stream).map_err(say)?;
+            matmul.record(&mut stream, &a, &b, &mut y).map_err(unable)?;
+            ctx.submit(stream).map_err(unable)?;
         }
     }
-    let bytes = ctx.read_blocking(&y).map_err(say)?;
+    let bytes = ctx.read_blocking(&y).map_err(unable)?;
     Ok(bytemuck::pod_collect_to_vec(&bytes))
 }
 
@@ -307,6 +281,8 @@ fn codes(
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use super::*;
     use crate::formats::Block;
     use crate::native::{ScaleLayout, Scales};
@@ -341,17 +317,40 @@ mod tests {
         ]
     }
 
-    /// All that the test multiplies for a pair.
     fn data((pair, packings): &([MxSpec; 2], [Packing; 2])) -> Vec<[MxTensor; 2]> {
-        let sums = [operand(pair[0], M, 1).unwrap(), operand(pair[1], N, 2).unwrap()];
-        let mut all = vec![sums.clone()];
-        for [(a, of_a), (b, of_b)] in CROSSES {
-            let crossed = [doubled(&sums[0], a, of_a), doubled(&sums[1], b, of_b)];
-            all.push(crossed.map(Result::unwrap));
+        super::data(*pair, packings).unwrap()
+    }
+
+    /// The lines that share their scales with `line`.
+    fn sharing(spec: MxSpec, line: usize, lines: usize) -> Range<usize> {
+        let side = spec.block.lines();
+        line / side * side..(line / side * side + side).min(lines)
+    }
+
+    /// Whether exactly these rows and these columns of the outputs changed.
+    fn crossed(
+        base: &[f32],
+        changed: &[f32],
+        [rows, columns]: [Range<usize>; 2],
+        what: &str,
+    ) -> Result<(), String> {
+        let (mut in_rows, mut in_columns) = (false, false);
+        for (i, j) in (0..M).flat_map(|i| (0..N).map(move |j| (i, j))) {
+            if base[i * N + j] == changed[i * N + j] {
+                continue;
+            }
+            match (rows.contains(&i), columns.contains(&j)) {
+                (false, false) => return Err(format!("{what} changed output ({i}, {j})")),
+                (true, false) => in_rows = true,
+                (false, true) => in_columns = true,
+                (true, true) => {}
+            }
         }
-        all.push([negated(&sums[0], SIGNS[0]), negated(&sums[1], SIGNS[1])].map(Result::unwrap));
-        all.extend([0, 1].map(|dense| codes(*pair, packings, dense).unwrap()));
-        all
+        match (in_rows, in_columns) {
+            (true, true) => Ok(()),
+            (false, _) => Err(format!("{what} changed no row")),
+            (_, false) => Err(format!("{what} changed no column")),
+        }
     }
 
     #[test]

@@ -486,14 +486,25 @@ impl Share {
     }
 }
 
-impl Drop for Share {
-    fn drop(&mut self) {
-        // Buffers of wgpu's wait for its own device themselves.
+impl Share {
+    /// Waits for the library if it is at work. Whether it ended well.
+    pub(crate) fn finish(&mut self) -> bool {
         let lost = self.lost.lock().unwrap_or_else(std::sync::PoisonError::into_inner).is_some();
         if let Ok(timeline) = &mut self.timeline {
             timeline.lost = lost;
         }
         if self.dead.is_some() || lost || self.busy && self.runtime.synchronize().is_err() {
+            return false;
+        }
+        self.busy = false;
+        true
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        // Buffers of wgpu's wait for its own device themselves.
+        if !self.finish() {
             self.release(PATIENCE);
         }
         for old in self.buffers.iter_mut().filter_map(Option::take) {

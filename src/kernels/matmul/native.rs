@@ -29,6 +29,13 @@ pub(crate) enum Refused {
     Failed(String),
 }
 
+impl Refused {
+    pub(crate) fn reason(self) -> String {
+        let (Refused::Declined(reason) | Refused::Failed(reason)) = self;
+        reason
+    }
+}
+
 /// The product as routes see it, or why none can take it.
 pub(super) fn problem(desc: &MatmulDesc) -> std::result::Result<Problem, String> {
     let spec = |name: &str, operand: Operand| -> std::result::Result<MxSpec, String> {
@@ -228,13 +235,13 @@ impl Matmul {
         b: &DeviceMxTensor,
         y: &mut crate::Tensor,
         flag: &wgpu::Buffer,
-    ) -> std::result::Result<(), String> {
-        let Some(native) = &self.native else { return Err("not a native product".into()) };
+    ) -> std::result::Result<(), Refused> {
+        let Some(native) = &self.native else {
+            return Err(Refused::Declined("not a native product".into()));
+        };
         let extras = Extras::default();
-        match native.record(&self.desc, stream, a.into(), b.into(), y.into(), extras, Some(flag)) {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(Refused::Declined(reason) | Refused::Failed(reason))) => Err(reason),
-            Err(error) => Err(error.to_string()),
-        }
+        native
+            .record(&self.desc, stream, a.into(), b.into(), y.into(), extras, Some(flag))
+            .unwrap_or_else(|error| Err(Refused::Declined(error.to_string())))
     }
 }

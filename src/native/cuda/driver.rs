@@ -253,7 +253,7 @@ impl Drop for Driver {
             // SAFETY: made in `open`, and idle.
             let _ = self.with(|| unsafe { (self.functions.destroy_stream)(self.stream) });
         }
-        // SAFETY: retained in `open`. Its memory, handles and modules are gone: who has them has the driver.
+        // SAFETY: retained in `open`. Its memory, handles and modules are gone, or are kept for good: who has them has the driver.
         let status = unsafe { (self.functions.release)(self.device) };
         if let Err(error) = self.functions.check("cuDevicePrimaryCtxRelease", status) {
             log::debug!("native: {error}");
