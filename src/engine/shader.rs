@@ -45,6 +45,20 @@ pub struct Kernel {
     pub spirv: bool,
 }
 
+impl Kernel {
+    /// A kernel of the usual workgroups that needs nothing of the device: parameters, then these bindings.
+    pub(crate) fn portable(name: String, source: Source, bindings: &[Binding]) -> Kernel {
+        Kernel {
+            name,
+            wgsl: source.build(),
+            bindings: std::iter::once(Binding::Params).chain(bindings.iter().copied()).collect(),
+            workgroup_size: crate::kernels::WORKGROUP,
+            features: wgpu::Features::empty(),
+            spirv: false,
+        }
+    }
+}
+
 /// The line of WGSL that asks [`crate::engine::spirv`] for fragments of bfloat16.
 pub(crate) const BF16_FRAGMENTS: &str = "// fragments: bf16";
 /// The same for fragments of E4M3; then follows how many positions they contract.

@@ -4,7 +4,6 @@
 
 use crate::engine::Stream;
 use crate::engine::buffer::{DType, Rows, Tensor};
-use crate::engine::shader::{Binding, Kernel, Source};
 use crate::{Error, Result};
 
 use super::WORKGROUP;
@@ -50,18 +49,6 @@ pub(crate) fn expect_len(
 /// Each of these must live on the stream's engine.
 pub(crate) fn check_same(stream: &Stream<'_>, tensors: &[&Rows]) -> Result<()> {
     tensors.iter().try_for_each(|tensor| stream.context().check_same(tensors[0], tensor))
-}
-
-/// A kernel whose parameters are followed by these bindings.
-pub(crate) fn kernel(name: String, source: Source, bindings: &[Binding]) -> Kernel {
-    Kernel {
-        name,
-        wgsl: source.build(),
-        bindings: std::iter::once(Binding::Params).chain(bindings.iter().copied()).collect(),
-        workgroup_size: WORKGROUP,
-        features: wgpu::Features::empty(),
-        spirv: false,
-    }
 }
 
 /// Workgroups of an elementwise kernel, whose invocations take [`STEPS`] vectors each.

@@ -71,7 +71,7 @@ impl Variant {
             .quads("x", self.x)
             .quads("y", self.y)
             .fragment(shader!("add.wgsl"));
-        act::kernel(self.name(), source, &[Binding::Read, Binding::Write])
+        Kernel::portable(self.name(), source, &[Binding::Read, Binding::Write])
     }
 }
 

@@ -9,7 +9,7 @@ use crate::engine::buffer::{DeviceMxTensor, STATE_WORDS};
 use crate::engine::shader::{Binding, Kernel, Source, shader};
 use crate::formats::{Layout, ScaleFormat};
 
-use super::{WORKGROUP, act};
+use super::WORKGROUP;
 
 /// The largest scale byte of every row of scales, then for square blocks of every column; 255 where one is NaN, and 127 for
 /// other E4M3 scales.
@@ -73,7 +73,7 @@ fn kernel(scale: ScaleFormat, columns: bool) -> Kernel {
         .flag("SCALE_E4M3", scale == ScaleFormat::E4M3)
         .flag("COLUMNS", columns)
         .fragment(shader!("anchors.wgsl"));
-    act::kernel(name(scale, columns), source, &[Binding::Read, Binding::Write])
+    Kernel::portable(name(scale, columns), source, &[Binding::Read, Binding::Write])
 }
 
 /// Every variant of this file's kernels.

@@ -32,7 +32,7 @@ use crate::engine::shader::{BF16_FRAGMENTS, Binding, Kernel, Source, shader};
 use crate::engine::{Context, Engine, Stream};
 use crate::{Error, Result};
 
-use super::{Tier, WORKGROUP, act};
+use super::{Tier, WORKGROUP};
 
 /// What [`Attention`] does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -546,7 +546,7 @@ fn delta_kernel(dtype: DType) -> Kernel {
         .quads("x", dtype)
         .quads("g", dtype)
         .fragment(shader!("attention_delta.wgsl"));
-    act::kernel(delta_name(dtype), source, &[Binding::Read, Binding::Read, Binding::Write])
+    Kernel::portable(delta_name(dtype), source, &[Binding::Read, Binding::Read, Binding::Write])
 }
 
 /// Every variant of this file's kernels.

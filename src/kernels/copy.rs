@@ -7,7 +7,7 @@ use crate::engine::shader::{Binding, Kernel, Source, shader};
 use crate::engine::{Context, Stream};
 use crate::{Error, Result};
 
-use super::{WORKGROUP, act};
+use super::WORKGROUP;
 
 /// The kernel that copies a dense tensor.
 #[derive(Clone, Debug)]
@@ -77,7 +77,7 @@ const NAME: &str = "copy";
 
 fn kernel() -> Kernel {
     let source = Source::new().constant("WG", WORKGROUP).fragment(shader!("copy.wgsl"));
-    act::kernel(NAME.into(), source, &[Binding::Read, Binding::Write])
+    Kernel::portable(NAME.into(), source, &[Binding::Read, Binding::Write])
 }
 
 /// Every variant of this file's kernels.

@@ -147,7 +147,7 @@ impl Variant {
                 source.quads("dlogits", dtype).fragment(shader!("lib/dlogits.wgsl"))
             }
         };
-        act::kernel(self.name(), source.fragment(shader!("cross_entropy.wgsl")), &bindings)
+        Kernel::portable(self.name(), source.fragment(shader!("cross_entropy.wgsl")), &bindings)
     }
 }
 

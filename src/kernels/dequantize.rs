@@ -12,7 +12,7 @@ use crate::engine::{Context, Stream};
 use crate::formats::{Axis, Layout, MxSpec, MxTensor, block};
 use crate::{Error, Result};
 
-use super::{WORKGROUP, act, all_specs, codec, format_constants, format_name, type_constants};
+use super::{WORKGROUP, all_specs, codec, format_constants, format_name, type_constants};
 
 /// What [`Dequantize`] does.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -236,7 +236,7 @@ impl Variant {
                 .fragment(shader!("dequantize_any.wgsl")),
         };
         let bindings = [Binding::Read, Binding::Read, Binding::Read, Binding::Write];
-        act::kernel(self.name(), source, &bindings)
+        Kernel::portable(self.name(), source, &bindings)
     }
 }
 

@@ -181,7 +181,7 @@ fn forward_kernel(table: DType, x: DType) -> Kernel {
         .quads("x", x)
         .fragment(shader!("embedding.wgsl"));
     let bindings = [Binding::Read, Binding::Read, Binding::Write];
-    act::kernel(forward_name(table, x), source, &bindings)
+    Kernel::portable(forward_name(table, x), source, &bindings)
 }
 
 fn pieces_name(dx: DType) -> String {
@@ -196,7 +196,7 @@ fn pieces_kernel(dx: DType) -> Kernel {
         .fragment(shader!("embedding_pieces.wgsl"));
     let mut bindings = vec![Binding::Read; 4];
     bindings.extend([Binding::Write, Binding::Write]);
-    act::kernel(pieces_name(dx), source, &bindings)
+    Kernel::portable(pieces_name(dx), source, &bindings)
 }
 
 fn rows_kernel() -> Kernel {
@@ -204,7 +204,7 @@ fn rows_kernel() -> Kernel {
         .constant("WG", WORKGROUP)
         .constant("PIECE", PIECE as u32)
         .fragment(shader!("embedding_rows.wgsl"));
-    act::kernel(ROWS.into(), source, &[Binding::Read, Binding::Read, Binding::Write])
+    Kernel::portable(ROWS.into(), source, &[Binding::Read, Binding::Read, Binding::Write])
 }
 
 /// Every variant of this file's kernels.

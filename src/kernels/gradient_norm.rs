@@ -20,7 +20,7 @@ use crate::engine::shader::{Binding, Kernel, Source, shader};
 use crate::engine::{Context, Stream};
 use crate::{Error, Result};
 
-use super::{WORKGROUP, act};
+use super::WORKGROUP;
 
 const OPERATION: &str = "GradientNorm::record";
 
@@ -179,7 +179,7 @@ fn build(name: &str, body: &str) -> Kernel {
         .constant("STEPS", STEPS)
         .fragment(shader!("lib/sum_of_squares.wgsl"))
         .fragment(body);
-    act::kernel(name.into(), source, &[Binding::Read, Binding::Write])
+    Kernel::portable(name.into(), source, &[Binding::Read, Binding::Write])
 }
 
 /// Every variant of this file's kernels.

@@ -4,7 +4,7 @@
 //! `shaders/native_scales.wgsl`, `shaders/gate.wgsl`.
 
 use super::matmul::{Operand, Values, operand_constants};
-use super::{WORKGROUP, act, format_name};
+use super::{WORKGROUP, format_name};
 use crate::engine::Stream;
 use crate::engine::buffer::{DeviceMxTensor, STATE_WORDS};
 use crate::engine::shader::{Binding, Kernel, Source, shader};
@@ -223,7 +223,7 @@ fn finished(name: String, source: Source, body: &str) -> Kernel {
         .fragment("fn k_end() -> u32 { return p.k; }\n")
         .fragment(body);
     let bindings = [Binding::Read, Binding::Read, Binding::Read, Binding::Write, Binding::Write];
-    act::kernel(name, source, &bindings)
+    Kernel::portable(name, source, &bindings)
 }
 
 fn codes_kernel(operand: Operand, e4m3: bool) -> Kernel {

@@ -152,7 +152,7 @@ impl Variant {
             .fragment(shader!("oscillation.wgsl"));
         let mut bindings = [Binding::Write; 6];
         bindings[1] = Binding::Read;
-        act::kernel(self.name(), source, &bindings)
+        Kernel::portable(self.name(), source, &bindings)
     }
 }
 

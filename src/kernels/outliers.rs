@@ -17,7 +17,7 @@ use crate::engine::shader::{Binding, Kernel, Source, shader};
 use crate::engine::{Context, Stream};
 use crate::{Error, Result};
 
-use super::{WORKGROUP, act};
+use super::WORKGROUP;
 
 const DTYPES: [DType; 2] = [DType::F32, DType::BF16];
 
@@ -333,7 +333,7 @@ fn magnitudes_name(dtype: DType, round: usize) -> String {
 fn magnitudes_kernel(dtype: DType, round: usize) -> Kernel {
     let source = bits(round_constants(round).constant("STEPS", MAGNITUDE_STEPS), dtype)
         .fragment(shader!("magnitudes.wgsl"));
-    act::kernel(magnitudes_name(dtype, round), source, &[Binding::Read, Binding::Write])
+    Kernel::portable(magnitudes_name(dtype, round), source, &[Binding::Read, Binding::Write])
 }
 
 fn select_name(dtype: DType, round: usize) -> String {
@@ -346,7 +346,7 @@ fn select_kernel(dtype: DType, round: usize) -> Kernel {
         .constant("LOW", low)
         .constant("LARGEST", largest)
         .fragment(shader!("select_magnitude.wgsl"));
-    act::kernel(select_name(dtype, round), source, &[Binding::Write, Binding::Write])
+    Kernel::portable(select_name(dtype, round), source, &[Binding::Write, Binding::Write])
 }
 
 fn amax_name(dtype: DType) -> String {
@@ -356,11 +356,11 @@ fn amax_name(dtype: DType) -> String {
 fn amax_kernel(dtype: DType) -> Kernel {
     let source =
         bits(source().constant("ROWS", AMAX_ROWS), dtype).fragment(shader!("column_amax.wgsl"));
-    act::kernel(amax_name(dtype), source, &[Binding::Read, Binding::Write])
+    Kernel::portable(amax_name(dtype), source, &[Binding::Read, Binding::Write])
 }
 
 fn largest_kernel() -> Kernel {
-    act::kernel(
+    Kernel::portable(
         LARGEST.into(),
         source().fragment(shader!("largest_columns.wgsl")),
         &[Binding::Read, Binding::Write, Binding::Write],
@@ -376,7 +376,7 @@ fn gather_kernel(dtype: DType) -> Kernel {
         .constant("PER_WORD", (4 / dtype.size()) as u32)
         .fragment(shader!("gather_columns.wgsl"));
     let bindings = [Binding::Read, Binding::Read, Binding::Write];
-    act::kernel(gather_name(dtype), source, &bindings)
+    Kernel::portable(gather_name(dtype), source, &bindings)
 }
 
 /// Every variant of this file's kernels.

@@ -20,7 +20,7 @@ use crate::rng::{self, RoundingBits};
 use crate::{Error, Result};
 
 use super::{
-    NVIDIA, UNIT, WORKGROUP, act, all_specs, anchors, codec, format_constants, format_name,
+    NVIDIA, UNIT, WORKGROUP, all_specs, anchors, codec, format_constants, format_name,
     type_constants,
 };
 
@@ -743,7 +743,7 @@ fn amax_kernel(dtype: DType) -> Kernel {
     let source = type_constants(source, "X_TYPE", dtype)
         .fragment(shader!("lib/float.wgsl"))
         .fragment(shader!("amax.wgsl"));
-    act::kernel(amax_name(dtype), source, &[Binding::Read, Binding::Write])
+    Kernel::portable(amax_name(dtype), source, &[Binding::Read, Binding::Write])
 }
 
 /// Every variant of this file's kernels.

@@ -176,7 +176,7 @@ fn columns_kernel() -> Kernel {
         .constant("WG", WORKGROUP)
         .constant("ACROSS", ACROSS)
         .fragment(shader!("column_sum.wgsl"));
-    act::kernel(COLUMNS.into(), source, &[Binding::Read, Binding::Write])
+    Kernel::portable(COLUMNS.into(), source, &[Binding::Read, Binding::Write])
 }
 
 fn reduce_kernel() -> Kernel {
@@ -194,7 +194,7 @@ fn reduce_variant(name: &str, per: u32) -> Kernel {
         .constant("PER", per)
         .fragment(shader!("reduce.wgsl"));
     let bindings = [Binding::Read, Binding::Read, Binding::Write, Binding::Write];
-    act::kernel(name.into(), source, &bindings)
+    Kernel::portable(name.into(), source, &bindings)
 }
 
 /// Every variant of this file's kernels.

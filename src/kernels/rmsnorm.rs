@@ -280,7 +280,7 @@ impl Forward {
                     .fragment(shader!("lib/residual.wgsl"))
             }
         };
-        act::kernel(self.name(), source.fragment(shader!("rmsnorm.wgsl")), &bindings)
+        Kernel::portable(self.name(), source.fragment(shader!("rmsnorm.wgsl")), &bindings)
     }
 }
 
@@ -307,7 +307,7 @@ impl Backward {
         bindings.extend([Binding::Write, Binding::Write]);
         let source =
             source.flag("RESIDUAL", self.residual).fragment(shader!("rmsnorm_backward.wgsl"));
-        act::kernel(self.name(), source, &bindings)
+        Kernel::portable(self.name(), source, &bindings)
     }
 }
 

@@ -18,7 +18,7 @@ use crate::engine::shader::{Binding, Kernel, Source, shader};
 use crate::engine::{Context, Stream};
 use crate::{Error, Result};
 
-use super::{WORKGROUP, act};
+use super::WORKGROUP;
 
 /// Which way to turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,7 +128,7 @@ fn name(dtype: DType) -> String {
 fn kernel(dtype: DType) -> Kernel {
     let source =
         Source::new().constant("WG", WORKGROUP).quads("x", dtype).fragment(shader!("rope.wgsl"));
-    act::kernel(name(dtype), source, &[Binding::Read, Binding::Write])
+    Kernel::portable(name(dtype), source, &[Binding::Read, Binding::Write])
 }
 
 /// Every variant of this file's kernels.

@@ -133,23 +133,23 @@ fn source() -> Source {
 fn count_kernel() -> Kernel {
     let source =
         source().fragment(shader!("lib/sort_entry.wgsl")).fragment(shader!("sort_count.wgsl"));
-    act::kernel(COUNT.into(), source, &[Binding::Read, Binding::Read, Binding::Write])
+    Kernel::portable(COUNT.into(), source, &[Binding::Read, Binding::Read, Binding::Write])
 }
 
 fn scan_kernel() -> Kernel {
-    act::kernel(SCAN.into(), source().fragment(shader!("sort_scan.wgsl")), &[Binding::Write])
+    Kernel::portable(SCAN.into(), source().fragment(shader!("sort_scan.wgsl")), &[Binding::Write])
 }
 
 fn scatter_kernel() -> Kernel {
     let source =
         source().fragment(shader!("lib/sort_entry.wgsl")).fragment(shader!("sort_scatter.wgsl"));
     let bindings = [Binding::Read, Binding::Read, Binding::Write, Binding::Write];
-    act::kernel(SCATTER.into(), source, &bindings)
+    Kernel::portable(SCATTER.into(), source, &bindings)
 }
 
 fn starts_kernel() -> Kernel {
     let bindings = [Binding::Read, Binding::Read, Binding::Read, Binding::Write];
-    act::kernel(STARTS.into(), source().fragment(shader!("sort_starts.wgsl")), &bindings)
+    Kernel::portable(STARTS.into(), source().fragment(shader!("sort_starts.wgsl")), &bindings)
 }
 
 /// Every variant of this file's kernels.

@@ -125,12 +125,12 @@ impl Variant {
             .fragment(shader!("lib/silu.wgsl"))
             .quads("gu", self.gu);
         match self.backward {
-            false => act::kernel(
+            false => Kernel::portable(
                 self.name(),
                 source.quads("h", self.h).fragment(shader!("swiglu.wgsl")),
                 &[Binding::Read, Binding::Write],
             ),
-            true => act::kernel(
+            true => Kernel::portable(
                 self.name(),
                 source.quads("dh", self.h).fragment(shader!("swiglu_backward.wgsl")),
                 &[Binding::Write, Binding::Read],

@@ -18,7 +18,7 @@ use crate::engine::gpu::{Gpu, Scratch};
 use crate::engine::shader::{Binding, Kernel, Source, shader};
 use crate::engine::{Context, Engine, Stream};
 use crate::formats::{Axis, Element, Layout, MxSpec, ScaleFormat};
-use crate::kernels::{WORKGROUP, act, format_name};
+use crate::kernels::{WORKGROUP, format_name};
 use crate::{MXFP4, MxTensor, Result};
 
 /// A block may lie so many powers of two below its line's anchor.
@@ -153,7 +153,7 @@ fn kernel(spec: MxSpec, across: bool) -> Kernel {
         .flag("COLUMNS", across)
         .fragment(shader!("window.wgsl"));
     let bindings = [Binding::Read, Binding::Read, Binding::Read, Binding::Write];
-    act::kernel(name(spec, across), source, &bindings)
+    Kernel::portable(name(spec, across), source, &bindings)
 }
 
 /// Every variant of this file's kernel.
