@@ -45,7 +45,8 @@ struct Args {
     /// Take at most so many megabytes of it
     #[arg(long, value_name = "MB", default_value_t = 512)]
     data_limit: usize,
-    /// The recipes to compare, of bf16, f32, mxfp4, mxfp4-backward, mixed, nvfp4, mxfp8, naive; the first is the baseline
+    /// The recipes to compare, of bf16, f32, mxfp4, mxfp4-backward, mixed, nvfp4, mxfp8, naive; the first is the baseline; "" for none but those
+    /// of --recipe
     #[arg(long, value_delimiter = ',', default_value = "bf16,mxfp4,naive")]
     arms: Vec<String>,
     /// Recipes from files, each an arm more
@@ -159,10 +160,14 @@ fn run() -> Result<()> {
     if !args.report.is_empty() {
         return report_on(&args.report, &args.out);
     }
+    let presets = args.arms.iter().filter(|name| !name.is_empty());
     let mut recipes: Vec<Recipe> =
-        args.arms.iter().map(|name| Recipe::preset(name)).collect::<Result<_, _>>()?;
+        presets.map(|name| Recipe::preset(name)).collect::<Result<_, _>>()?;
     for path in &args.recipe {
         recipes.push(Recipe::load(path)?);
+    }
+    if recipes.is_empty() {
+        return Err("nothing to train: name presets with --arms, or give files to --recipe".into());
     }
     for recipe in &mut recipes {
         let optimizer = &mut recipe.optimizer;
