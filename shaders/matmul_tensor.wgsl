@@ -1,22 +1,22 @@
 // matmul_tensor: a tile of BM × BN outputs a workgroup, by cooperative matrices: both operands decoded to f16 in workgroup
-// memory, sums in f32. A subgroup of 32 has FM × FN fragments.
+// memory (BYTES: to E4M3 or I8), sums in f32 (I8: i32). A subgroup of 32 has FM × FN fragments.
 // Numerics: bounded. Operands are f16 relative to their lines' anchors: exact down to 2^-24 of the scale, see
-//           lib/operand_halves.wgsl; sums are the device's. E4M3: in eight bits, of lines for which that is exact,
-//           lib/nibbles_e4m3.wgsl; the same kernel in f16 has the other tiles, lib/window.wgsl.
+//           lib/operand_halves.wgsl; sums are the device's. BYTES: of lines for which eight bits are exact,
+//           lib/nibbles_{e4m3,i8}.wgsl; the same kernel in f16 has the other tiles, lib/window.wgsl.
 // Order:    k is read in chunks of 128, a stage of 32 positions being 8 of each of the chunk's four blocks of 32: an invocation
-//           then decodes codes of one block, which it loaded at once. Any order serves that both operands share.
+//           then decodes codes of one block, which it loaded at once. BYTES: stages of 64, 16 of each block. Any order serves that
+//           both operands share.
 // Dispatch: tiles_m · tiles_n · batch workgroups, spread over x and y
 
 const BM = SUBGROUPS_M * FM * FRAGMENT;
 const BN = SUBGROUPS_N * FN * FRAGMENT;
 const STRIP_ROWS = SUBGROUPS_M * FRAGMENT;
-// Units of eight positions (16 bytes, E4M3: 8) of a row of a stage; the fifth spreads the rows over the banks, and so does
-// the sixth of the smaller ones, with rows still whole 16 bytes apart.
-const PITCH = select(5u, 6u, E4M3);
+// Units of 16 bytes, PER_UNIT positions each, of a row of a stage; the fifth spreads the rows over the banks.
+const PITCH = 5u;
 // SLICES groups of subgroups share a tile: each has every SLICES-th chunk of k to itself, and memory of its own.
 const TILE_UNITS = (BM + BN) * PITCH;
 // A strip of sums, in vectors of LANES.
-const LANES = select(4u, 2u, E4M3);
+const LANES = 4u;
 const STRIP_VECTORS = STRIP_ROWS * BN / LANES;
 // Four invocations a row; A_UNITS and B_UNITS rows an invocation.
 const ROW_STEP = WG / SLICES / 4u;
@@ -42,12 +42,12 @@ fn b_within(row: u32, limit: u32) -> u32 { return select(min(row, limit), row, B
 // Where the fragment of 16 (8) rows from `row` on and of positions s · FRAGMENT_K … lies.
 fn a_fragment(row: u32, s: u32) -> u32 {
     if (A_COLUMNS) { return s * FRAGMENT * A_PITCH + row / 8u; }
-    return row * PITCH + s * (FRAGMENT_K / 8u);
+    return row * PITCH + s * (FRAGMENT_K / PER_UNIT);
 }
 
 fn b_fragment(row: u32, s: u32) -> u32 {
     if (B_COLUMNS) { return B_ROW0 * PITCH + s * FRAGMENT * B_PITCH + row / 8u; }
-    return (B_ROW0 + row) * PITCH + s * (FRAGMENT_K / 8u);
+    return (B_ROW0 + row) * PITCH + s * (FRAGMENT_K / PER_UNIT);
 }
 
 @compute @workgroup_size(WG)
@@ -88,15 +88,15 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
         let k = k0 + first;
         let here = min(k, last);
         let next = min(k + SLICES * 128u, last);
-        for (var j = 0u; j < 4u; j++) { // unroll
+        for (var j = 0u; j < STAGES; j++) { // unroll
             a_put(&a_units, r0, j);
             b_put(&b_units, r0, j);
             stage_barrier();
             a_load(&a_units, tile.row, a_limit, r0, here, next, j);
             b_load(&b_units, tile.col, b_limit, r0, here, next, j);
             if (SLICES == 1u || k < ks.y) { multiply(&sums, a_row, b_row, j); }
-            a_decode(&a_units, (j + 1u) % 4u);
-            b_decode(&b_units, (j + 1u) % 4u);
+            a_decode(&a_units, (j + 1u) % STAGES);
+            b_decode(&b_units, (j + 1u) % STAGES);
             stage_barrier();
         }
     }

@@ -1,4 +1,4 @@
-// window: which lines of an E2M1 tensor under E8M0 scales have a block outside the window: further than E4M3_WINDOW below the
+// window: which lines of an E2M1 tensor under E8M0 scales have a block outside the window: further than BYTES_WINDOW below the
 // line's anchor, and not zero. For square blocks rows of blocks, or columns of them.
 // Layout:   codes[rows · LINES (the last rows' maybe fewer), pitch words] · scales[rows, blocks bytes] · state: anchors from
 //           p.anchors on · windows: a word an anchor from p.first on, zero before, 1 if outside
@@ -24,7 +24,7 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     let scale = (scales[at / 4u] >> (8u * (at % 4u))) & 0xffu;
     let line = select(row, col, COLUMNS);
     let anchor = state[p.anchors + line];
-    if (anchor == 255u || anchor <= scale + E4M3_WINDOW) { return; }
+    if (anchor == 255u || anchor <= scale + BYTES_WINDOW) { return; }
     var any = 0u;
     for (var l = row * LINES; l < min(row * LINES + LINES, p.lines); l++) {
         for (var w = 0u; w < WORDS; w++) { any |= codes[l * p.pitch + col * WORDS + w] & 0x77777777u; }

@@ -68,10 +68,10 @@ pub struct Options {
     pub max_binding: Option<u64>,
     /// Emulate cooperative matrices where the device has none, so that [`crate::Tier::Tensor`] runs; for tests, slow.
     pub emulate_tensor: bool,
-    /// Emulate its products in FP8 as well, for E2M1 operands; for tests, with [`Options::emulate_tensor`].
-    pub emulate_fp8: bool,
+    /// Emulate its products in bytes as well, for E2M1 operands; for tests, with [`Options::emulate_tensor`].
+    pub emulate_bytes: Option<crate::kernels::matmul::Byte>,
     /// Decode E2M1 operands of [`crate::Tier::Tensor`] by the conversions of VK_EXT_shader_ocp_microscaling_types instead of by
-    /// their bits, where lines are whole vectors of 128 and FP8 has not taken them: the same bits of outputs. Nobody has
+    /// their bits, where lines are whole vectors of 128 and bytes have not taken them: the same bits of outputs. Nobody has
     /// measured it, so nothing does it by itself; where the device has it, [`crate::Tuning::measure`] tries both. An error on a
     /// device without, and on the CPU engine. With [`Options::emulate_tensor`] it is emulated, for tests.
     pub ocp_conversion: bool,
@@ -202,7 +202,7 @@ impl Context {
             ..Default::default()
         };
         let context = |mut gpu: Gpu| {
-            gpu.emulate_fp8 = options.emulate_fp8;
+            gpu.emulate_bytes = options.emulate_bytes;
             gpu.ocp_conversion = options.ocp_conversion;
             gpu.libraries = options.libraries.clone();
             gpu.native_from = options.native_from.unwrap_or(crate::native::SMALLEST);
@@ -218,7 +218,7 @@ impl Context {
                 let (device, queue) = vulkan::open(adapter, &descriptor, extras)?;
                 let mut gpu = Gpu::new(device, queue, adapter, true, options.emulate_tensor);
                 gpu.bf16_matrices = extras.bf16;
-                gpu.e4m3_matrices = extras.e4m3;
+                gpu.byte_matrices = extras.bytes;
                 gpu.e2m1_conversion = extras.ocp;
                 gpu.external_semaphores = extras.external_semaphores;
                 return context(gpu);

@@ -1,5 +1,5 @@
-//! The SPIR-V that this crate makes itself (src/engine/spirv.rs), of the tensor tier's fragments of E4M3 and of E2M1 operands that
-//! the device converts, which no device at hand takes: what its words say, and, where `MX_NATIVE_TOOLS` names a Python environment
+//! The SPIR-V that this crate makes itself (src/engine/spirv.rs), of the tensor tier's fragments of bytes and of E2M1 operands that
+//! the device converts: what its words say, and, where `MX_NATIVE_TOOLS` names a Python environment
 //! into which tests/codegen/requirements.txt was installed, what Khronos' validator says to it and to the fragments of f16 and
 //! bf16. No device runs it; what decodes E2M1 is computed here, word by word, by the definitions of its instructions.
 
@@ -16,7 +16,7 @@ fn main() {
     let args = Arguments::from_args();
     let tools = std::env::var_os("MX_NATIVE_TOOLS").map(PathBuf::from);
     let mut trials = vec![
-        Trial::test("e4m3_fragments_are_declared", || declared(&words)),
+        Trial::test("fragments_of_bytes_are_declared", || declared(&words)),
         Trial::test("e2m1_conversions_are_declared", || conversions(&words)),
         Trial::test("a_wrong_word_shows", wrong_words),
         Trial::test("e2m1_conversions_give_the_decoders_bits", same_bits),
@@ -28,13 +28,23 @@ fn main() {
     libtest_mimic::run(&args, trials).exit();
 }
 
-/// The kernels in E4M3 that are not emulated.
-fn in_e4m3() -> Vec<Kernel> {
+/// Whether a kernel is in bytes, and then whether in integers.
+fn integers(kernel: &Kernel) -> Option<bool> {
+    let e4m3 = kernel.name.contains(".e4m3k");
+    let i8 = kernel.name.contains(".i8k");
+    (e4m3 || i8).then_some(i8)
+}
+
+/// The kernels in bytes that are not emulated.
+fn in_bytes() -> Vec<Kernel> {
     let list: Vec<_> = kernels::matmul::kernels()
         .into_iter()
-        .filter(|kernel| kernel.spirv && kernel.name.contains(".e4m3k"))
+        .filter(|kernel| kernel.spirv && integers(kernel).is_some())
         .collect();
-    assert!(list.len() > 20, "{} kernels", list.len());
+    for i8 in [false, true] {
+        let count = list.iter().filter(|kernel| integers(kernel) == Some(i8)).count();
+        assert!(count > 20, "{count} kernels");
+    }
     list
 }
 
@@ -66,8 +76,9 @@ fn instructions(words: &[u32]) -> Vec<(u16, &[u32])> {
 
 // Numbers of the SPIR-V registry, written here anew: SPV_EXT_float8, SPV_KHR_cooperative_matrix, SPIR-V 1.6.
 fn declared(words: &dyn Fn(&Kernel) -> Result<Vec<u32>, Failed>) -> Result<(), Failed> {
-    for kernel in in_e4m3() {
-        let k = if kernel.name.contains(".e4m3k32-") { 32 } else { 16 };
+    for kernel in in_bytes() {
+        let k = if kernel.name.contains("k32-") { 32 } else { 16 };
+        let i8 = integers(&kernel) == Some(true);
         let words = words(&kernel)?;
         let list = instructions(&words);
         let check = |what: &str, holds: bool| match holds {
@@ -75,16 +86,21 @@ fn declared(words: &dyn Fn(&Kernel) -> Result<Vec<u32>, Failed>) -> Result<(), F
             false => Err(Failed::from(format!("{}: {what}", kernel.name))),
         };
         let has = |op: u16, operands: &[u32]| list.iter().any(|(o, a)| *o == op && *a == operands);
-        check("OpCapability Float8EXT", has(17, &[4212]))?;
-        check("OpCapability Float8CooperativeMatrixEXT", has(17, &[4213]))?;
+        check("OpCapability Float8EXT", has(17, &[4212]) != i8)?;
+        check("OpCapability Float8CooperativeMatrixEXT", has(17, &[4213]) != i8)?;
+        check("OpCapability Int8", has(17, &[39]) == i8)?;
         check("OpCapability CooperativeMatrixKHR", has(17, &[6022]))?;
         check("OpCapability Float16", !has(17, &[9]))?;
         let text = |a: &[u32]| a.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>();
         let extension = |name: &[u8]| list.iter().any(|(op, a)| *op == 10 && text(a) == name);
-        check("OpExtension SPV_EXT_float8", extension(b"SPV_EXT_float8\0\0"))?;
+        check("OpExtension SPV_EXT_float8", extension(b"SPV_EXT_float8\0\0") != i8)?;
 
-        let floats: HashMap<u32, &[u32]> =
-            list.iter().filter(|(op, _)| *op == 22).map(|(_, a)| (a[0], &a[1..])).collect();
+        // OpTypeInt and OpTypeFloat, each with its operands.
+        let scalars: HashMap<u32, (u16, &[u32])> = list
+            .iter()
+            .filter(|(op, _)| [21, 22].contains(op))
+            .map(|(op, a)| (a[0], (*op, &a[1..])))
+            .collect();
         let constants: HashMap<u32, u32> =
             list.iter().filter(|(op, _)| *op == 43).map(|(_, a)| (a[1], a[2])).collect();
         // Component type, scope, rows, columns, use; and by id.
@@ -92,27 +108,29 @@ fn declared(words: &dyn Fn(&Kernel) -> Result<Vec<u32>, Failed>) -> Result<(), F
         let mut uses = HashMap::new();
         for (_, a) in list.iter().filter(|(op, _)| *op == 4456) {
             let [scope, rows, columns, used] = [2, 3, 4, 5].map(|at| constants[&a[at]]);
-            matrices.push((floats[&a[1]].to_vec(), scope, [rows, columns], used));
+            matrices.push((scalars[&a[1]], scope, [rows, columns], used));
             uses.insert(a[0], used);
         }
         matrices.sort_by_key(|(.., used)| *used);
-        let e4m3 = vec![8, 4214];
-        let want =
-            [(e4m3.clone(), 3, [16, k], 0), (e4m3, 3, [k, 16], 1), (vec![32], 3, [16, 16], 2)];
+        let byte: (u16, &[u32]) = if i8 { (21, &[8, 1]) } else { (22, &[8, 4214]) };
+        let mut want = vec![(byte, 3, [16, k], 0), (byte, 3, [k, 16], 1)];
+        // Sums of integers, and what they become.
+        let sums: [(u16, &[u32]); 2] = [(21, &[32, 1]), (22, &[32])];
+        want.extend(sums[usize::from(!i8)..].iter().map(|sum| (*sum, 3, [16, 16], 2)));
         check(&format!("matrices are {matrices:?}"), matrices == want)?;
 
         // A is loaded row by row (layout 0), B column by column (1), whole 16 bytes apart.
         let types: HashMap<u32, u32> = list
             .iter()
-            .filter(|(op, a)| a.len() >= 2 && [61, 4457, 4459, 143].contains(op))
+            .filter(|(op, a)| a.len() >= 2 && [61, 111, 4457, 4459, 143].contains(op))
             .map(|(_, a)| (a[1], a[0]))
             .collect();
         // Branches that are never taken have the other layout.
         for used in [0, 1] {
             let load = |(op, a): &&(u16, &[u32])| *op == 4457 && uses[&a[0]] == used;
             let loads = list.iter().filter(load).map(|(_, a)| [3, 4].map(|at| constants[&a[at]]));
-            // Units of two words: 48 bytes.
-            let right = loads.filter(|load| *load == [used, 6]).count();
+            // Units of four words: 80 bytes.
+            let right = loads.filter(|load| *load == [used, 5]).count();
             check(&format!("no loads of use {used}"), right > 0)?;
         }
         let products = list.iter().filter(|(op, _)| *op == 4459).count();
@@ -120,9 +138,17 @@ fn declared(words: &dyn Fn(&Kernel) -> Result<Vec<u32>, Failed>) -> Result<(), F
         for (_, a) in list.iter().filter(|(op, _)| *op == 4459) {
             let used = [2, 3].map(|at| types.get(&a[at]).map(|ty| uses[ty]));
             check(&format!("a product of {used:?}"), used == [Some(0), Some(1)])?;
-            check("operands of a product have flags", a.len() == 5 || a[5] == 0)?;
+            // All of its components are signed.
+            let flags = a.get(5).copied().unwrap_or(0);
+            check(&format!("operands of a product: {flags}"), flags == if i8 { 15 } else { 0 })?;
         }
-        check("sums leave without their factor", list.iter().any(|(op, _)| *op == 143))?;
+        let factored = list.iter().filter(|(op, _)| *op == 143).map(|(_, a)| (a[0], a[2]));
+        let factored: Vec<_> = factored.collect();
+        check("sums leave without their factor", !factored.is_empty())?;
+        for (ty, sum) in factored {
+            let converted = list.iter().any(|(op, a)| *op == 111 && a[..2] == [ty, sum]);
+            check("a factor of integers", converted == i8)?;
+        }
     }
     Ok(())
 }
@@ -232,10 +258,20 @@ fn changed(mut words: Vec<u32>, change: Change) -> Vec<u32> {
 fn wrong_words() -> Result<(), Failed> {
     type Check = fn(&dyn Fn(&Kernel) -> Result<Vec<u32>, Failed>) -> Result<(), Failed>;
     let fragments: Check = declared;
-    let changes: [(&str, Check, Change); 10] = [
+    let changes: [(&str, Check, Change); 12] = [
         ("E5M2", fragments, |op, a| {
             if op == 22 && a[1..] == [8, 4214] {
                 a[2] = 4215;
+            }
+        }),
+        ("unsigned", fragments, |op, a| {
+            if op == 4459 && a.len() == 6 {
+                a[5] = 0;
+            }
+        }),
+        ("integers not converted", fragments, |op, a| {
+            if op == 111 {
+                a[1] = a[2];
             }
         }),
         ("no capability", fragments, |op, a| {
@@ -325,11 +361,11 @@ fn mended(words: &[u32]) -> Vec<u32> {
 
 fn validated(tools: &Path) -> Result<(), Failed> {
     let directory = tempfile::tempdir()?;
-    let mut list: Vec<_> = in_e4m3().into_iter().step_by(3).collect();
+    let mut list: Vec<_> = in_bytes().into_iter().step_by(3).collect();
     list.extend(converting().into_iter().step_by(3));
     // Some of the others.
     let others = kernels::matmul::kernels().into_iter().filter(|kernel| kernel.spirv);
-    let other = |kernel: &Kernel| ![".e4m3k", ".ocp16"].iter().any(|s| kernel.name.contains(s));
+    let other = |kernel: &Kernel| integers(kernel).is_none() && !kernel.name.contains(".ocp16");
     list.extend(others.filter(other).step_by(101));
     let mut paths = Vec::new();
     for kernel in &list {

@@ -1,6 +1,10 @@
 // What lib/coop_f32.wgsl does, without cooperative matrices. For tests of the tensor tier's arithmetic where the device has no
 // such matrices; slow.
 
+alias Sum = f32;
+
+fn sum_of(a: Sum, b: Sum, sum: Sum) -> Sum { return fma(a, b, sum); }
+
 // Element e of the row of units at `unit`.
 fn half_at(unit: u32, e: u32) -> f32 {
     let word = memory[own_slice * TILE_UNITS + unit + e / 8u][(e % 8u) / 2u];

@@ -1,7 +1,7 @@
-// A stage of 32 positions, by cooperative matrices.
+// A stage, by cooperative matrices.
 
 fn multiply(sums: ptr<function, Sums>, a_row: u32, b_row: u32, stage: u32) {
-    for (var s = 0u; s < 32u / FRAGMENT_K; s++) { // unroll
+    for (var s = 0u; s < 4u * PER_UNIT / FRAGMENT_K; s++) { // unroll
         var b: array<MatB, FN>;
         for (var j = 0u; j < FN; j++) { // unroll
             let at = own_slice * TILE_UNITS + b_fragment(b_row + j * FRAGMENT, s);

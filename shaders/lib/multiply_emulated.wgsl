@@ -6,11 +6,11 @@ fn multiply(sums: ptr<function, Sums>, a_row: u32, b_row: u32, stage: u32) {
             for (var e = 0u; e < OWN; e++) {
                 let at = own_lane * OWN + e;
                 var sum = (*sums)[(i * FN + j) * OWN + e];
-                for (var k8 = 0u; k8 < 32u; k8 += 8u) {
+                for (var k8 = 0u; k8 < 4u * PER_UNIT; k8 += 8u) {
                     // llvmpipe ends an invocation's loops after 65535 rounds in all, which a long k would meet.
                     for (var k = 0u; k < 8u; k++) { // unroll
-                        sum = fma(a_at(a_row + i * SUBGROUPS_M * FRAGMENT + at / FRAGMENT, k8 + k),
-                                  b_at(b_row + j * FRAGMENT + at % FRAGMENT, k8 + k), sum);
+                        sum = sum_of(a_at(a_row + i * SUBGROUPS_M * FRAGMENT + at / FRAGMENT, k8 + k),
+                                     b_at(b_row + j * FRAGMENT + at % FRAGMENT, k8 + k), sum);
                     }
                 }
                 (*sums)[(i * FN + j) * OWN + e] = sum;

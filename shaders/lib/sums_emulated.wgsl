@@ -3,8 +3,8 @@
 alias Word = u32;
 const OWN = FRAGMENT * FRAGMENT / 32u;
 
-alias Sums = array<f32, FM * FN * OWN>;
+alias Sums = array<Sum, FM * FN * OWN>;
 
 fn sums_zero(sums: ptr<function, Sums>) {
-    for (var f = 0u; f < FM * FN * OWN; f++) { (*sums)[f] = 0.0; }
+    for (var f = 0u; f < FM * FN * OWN; f++) { (*sums)[f] = Sum(); }
 }

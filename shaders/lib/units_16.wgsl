@@ -1,6 +1,6 @@
-// The tensor tier's workgroup memory: first the operands' tile, in units of eight positions of 16 bits, then a strip of sums.
+// The tensor tier's workgroup memory: first the operands' tile, in units of 16 bytes, then a strip of sums.
 // naga takes a matrix's component type from the pointer: Word is f32 for cooperative matrices (src/engine/spirv.rs makes A and
-// B f16 again), and u32 without.
+// B what they are), and u32 without.
 
 var<workgroup> memory: array<vec4<Word>, SLICES * max(TILE_UNITS, STRIP_VECTORS)>;
 

@@ -1,4 +1,4 @@
-// Which of two kernels takes a tile: the one in E4M3 if all its lines lie within the window, the one in f16 (OUTSIDE) if not.
+// Which of two kernels takes a tile: the one in bytes if all its lines lie within the window, the one in f16 (OUTSIDE) if not.
 // windows: a word for each anchor of A, then of B, not zero if a block lies outside. See shaders/window.wgsl.
 
 var<workgroup> wg_outside: atomic<u32>;

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use super::caps::Caps;
 use super::shader::{Binding, Kernel};
 use crate::kernels::matmul::Table;
+use crate::kernels::matmul::{Byte, ByteMatrices};
 use crate::{Error, Result};
 
 /// How often a library's queue is looked at while wgpu's is waited for.
@@ -27,14 +28,14 @@ pub(crate) struct Gpu {
     pub(crate) max_binding: u64,
     /// Whether the tensor tier may be emulated.
     pub(crate) emulate_tensor: bool,
-    /// Whether its fragments of E4M3 too.
-    pub(crate) emulate_fp8: bool,
+    /// What of bytes may be emulated too.
+    pub(crate) emulate_bytes: Option<Byte>,
     /// The cooperative matrices of the adapter: the sides of A's rows, B's columns and what is contracted, f16 to f32.
     pub(crate) matrices: Vec<[u32; 3]>,
     /// Whether the device was opened with cooperative matrices of 16×16×16, bf16 to f32.
     pub(crate) bf16_matrices: bool,
-    /// What cooperative matrices of 16×16, E4M3 to f32, contract, if the device was opened with them.
-    pub(crate) e4m3_matrices: Option<u32>,
+    /// The cooperative matrices of bytes that the device was opened with.
+    pub(crate) byte_matrices: Option<ByteMatrices>,
     /// Whether the device was opened with conversions of E2M1 to f16 (VK_EXT_shader_ocp_microscaling_types).
     pub(crate) e2m1_conversion: bool,
     /// Whether they are to be used where nothing was measured; with `emulate_tensor`, emulated.
@@ -52,8 +53,8 @@ pub(crate) struct Gpu {
     pub(crate) tuning: RwLock<Table>,
     pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
     scratch: Mutex<[Option<wgpu::Buffer>; 2]>,
-    /// Whether what E4M3 fragments gave at their first use was right.
-    pub(crate) e4m3_tested: std::sync::OnceLock<std::result::Result<(), String>>,
+    /// Whether what they gave at their first use was right.
+    pub(crate) bytes_tested: std::sync::OnceLock<std::result::Result<(), String>>,
     lost: Arc<Mutex<Option<String>>>,
 }
 
@@ -106,10 +107,10 @@ impl Gpu {
             discrete: adapter.get_info().device_type == wgpu::DeviceType::DiscreteGpu,
             max_binding,
             emulate_tensor,
-            emulate_fp8: false,
+            emulate_bytes: None,
             matrices,
             bf16_matrices: false,
-            e4m3_matrices: None,
+            byte_matrices: None,
             e2m1_conversion: false,
             ocp_conversion: false,
             external_semaphores: false,
@@ -120,7 +121,7 @@ impl Gpu {
             tuning: RwLock::default(),
             pipelines: Mutex::default(),
             scratch: Mutex::default(),
-            e4m3_tested: Default::default(),
+            bytes_tested: Default::default(),
             lost,
         }
     }

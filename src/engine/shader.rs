@@ -63,6 +63,8 @@ impl Kernel {
 pub(crate) const BF16_FRAGMENTS: &str = "// fragments: bf16";
 /// The same for fragments of E4M3; then follows how many positions they contract.
 pub(crate) const E4M3_FRAGMENTS: &str = "// fragments: e4m3, k = ";
+/// The same for fragments of eight-bit integers, with sums of 32 bits.
+pub(crate) const I8_FRAGMENTS: &str = "// fragments: i8, k = ";
 /// The same for codes of E2M1 that the device converts: four bits that `extractBits` takes and that become f16.
 pub(crate) const E2M1_CONVERSION: &str = "// four bits to f16: e2m1";
 

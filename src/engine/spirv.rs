@@ -3,8 +3,9 @@
 //! naga 30 writes the module; some instructions are then put right, each of them local and checked by its pattern:
 //! - cooperative matrices A and B loaded from memory typed f32 get the component type f16, which Vulkan allows whatever the
 //!   pointer's type is (SPV_KHR_cooperative_matrix), and naga does not; in a module with the line `BF16_FRAGMENTS` it is bfloat16
-//!   (SPV_KHR_bfloat16), with `E4M3_FRAGMENTS` it is E4M3 (SPV_EXT_float8), and A and B are as long as that line says, of which
-//!   naga knows nothing but squares;
+//!   (SPV_KHR_bfloat16), with `E4M3_FRAGMENTS` it is E4M3 (SPV_EXT_float8), with `I8_FRAGMENTS` a signed integer, and sums i32;
+//!   A and B are then as long as that line says, of which naga knows nothing but squares; the product of sums of i32 and a factor
+//!   becomes that of their conversion to f32;
 //! - `unpack2x16float` followed by the conversion to f16, and the converse, become the bitcast that they are (naga types
 //!   `bitcast<vec2<f16>>` wrongly); exact either way;
 //! - in a module with the line `E2M1_CONVERSION`, `vec2<f16>(extractBits(words, offset, 4u))` takes four bits as E2M1 and converts
@@ -19,7 +20,7 @@ use naga::back::spv;
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 
-use super::shader::{BF16_FRAGMENTS, E2M1_CONVERSION, E4M3_FRAGMENTS};
+use super::shader::{BF16_FRAGMENTS, E2M1_CONVERSION, E4M3_FRAGMENTS, I8_FRAGMENTS};
 
 /// Instructions of a module: opcode and operands.
 type Instruction = (u16, Vec<u32>);
@@ -31,17 +32,24 @@ const OP_TYPE_INT: u16 = 21;
 const OP_TYPE_FLOAT: u16 = 22;
 const OP_TYPE_VECTOR: u16 = 23;
 const OP_CONSTANT: u16 = 43;
+const OP_CONSTANT_COMPOSITE: u16 = 44;
 const OP_FUNCTION: u16 = 54;
 const OP_DECORATE: u16 = 71;
 const OP_MEMBER_DECORATE: u16 = 72;
+const OP_CONVERT_S_TO_F: u16 = 111;
 const OP_CONVERT_U_TO_F: u16 = 112;
 const OP_F_CONVERT: u16 = 115;
 const OP_BITCAST: u16 = 124;
 const OP_F_SUB: u16 = 131;
 const OP_F_MUL: u16 = 133;
+const OP_MATRIX_TIMES_SCALAR: u16 = 143;
 const OP_BIT_FIELD_U_EXTRACT: u16 = 203;
 const OP_CONTROL_BARRIER: u16 = 224;
 const OP_TYPE_COOPERATIVE_MATRIX: u16 = 4456;
+const OP_COOPERATIVE_MATRIX_MUL_ADD: u16 = 4459;
+/// Cooperative Matrix Operands: A, B, C and the result have signed components.
+const ALL_SIGNED: u32 = 0xf;
+const CAPABILITY_INT8: u32 = 39;
 const CAPABILITY_BFLOAT16_TYPE: u32 = 5116;
 const CAPABILITY_BFLOAT16_COOPERATIVE_MATRIX: u32 = 5118;
 const ENCODING_BFLOAT16: u32 = 0;
@@ -100,6 +108,10 @@ pub fn compile(wgsl: &str) -> Result<Vec<u32>, String> {
 /// What A and B are made of.
 enum Component {
     F16,
+    /// Signed integers of eight bits, and positions that a product contracts.
+    I8 {
+        contracted: u32,
+    },
     /// A type that naga does not have: its bits and encoding, what declares it, and positions that a product contracts if not
     /// as many as naga says.
     Other {
@@ -112,6 +124,15 @@ enum Component {
 }
 
 impl Component {
+    /// Positions that a product contracts, if not as many as naga says.
+    fn contracted(&self) -> Option<u32> {
+        match self {
+            Component::F16 => None,
+            Component::I8 { contracted } => Some(*contracted),
+            Component::Other { contracted, .. } => *contracted,
+        }
+    }
+
     fn of(wgsl: &str) -> Result<Component, String> {
         for line in wgsl.lines() {
             if line == BF16_FRAGMENTS {
@@ -125,6 +146,10 @@ impl Component {
                     ],
                     contracted: None,
                 });
+            }
+            if let Some(k) = line.strip_prefix(I8_FRAGMENTS) {
+                let contracted = k.parse().map_err(|_| format!("{line:?}"))?;
+                return Ok(Component::I8 { contracted });
             }
             if let Some(k) = line.strip_prefix(E4M3_FRAGMENTS) {
                 return Ok(Component::Other {
@@ -172,13 +197,16 @@ fn correct(words: &[u32], fragments: &Component, converts: bool) -> Result<Vec<u
     let mut header = header.to_vec();
     let f16 = id(&|(op, a)| *op == OP_TYPE_FLOAT && a[1] == 16);
     // What A and B get, and their length. Word 3 is the bound of the ids.
-    let (component, length) = match fragments {
-        Component::F16 => (f16.ok_or("no f16 in the module")?, None),
-        Component::Other { contracted, .. } => (header[3], contracted.map(|_| header[3] + 1)),
+    let mut fresh = || {
+        header[3] += 1;
+        header[3] - 1
     };
-    if let Component::Other { .. } = fragments {
-        header[3] += 1 + u32::from(length.is_some());
-    }
+    let component = match fragments {
+        Component::F16 => f16.ok_or("no f16 in the module")?,
+        _ => fresh(),
+    };
+    let length = fragments.contracted().map(|_| fresh());
+    let integers = matches!(fragments, Component::I8 { .. });
     let half2 = id(&|(op, a)| *op == OP_TYPE_VECTOR && Some(a[1]) == f16 && a[2] == 2);
     let u32_type = id(&|(op, a)| *op == OP_TYPE_INT && a[1] == 32 && a[2] == 0);
     let workgroup_order = instructions
@@ -197,8 +225,8 @@ fn correct(words: &[u32], fragments: &Component, converts: bool) -> Result<Vec<u
     if converts {
         let converted = |(op, a): &&Instruction| *op == OP_CONVERT_U_TO_F && Some(a[0]) == half2;
         conversion.codes = instructions.iter().filter(converted).map(|(_, a)| a[2]).collect();
-        conversion.pair = header[3] + 1;
-        header[3] += 2;
+        fresh();
+        conversion.pair = fresh();
     }
     let mut constants = HashMap::new();
     let mut bounded = HashMap::new();
@@ -264,25 +292,30 @@ fn correct(words: &[u32], fragments: &Component, converts: bool) -> Result<Vec<u
             _ => {}
         }
     }
+    if integers {
+        integer_sums(&mut instructions, &constants, &mut fresh)?;
+    }
     // A type must stand before its first use.
-    let matrix = instructions
-        .iter()
-        .position(|(op, a)| *op == OP_TYPE_COOPERATIVE_MATRIX && a[1] == component);
-    if let Component::Other { bits, encoding, extension, capabilities, contracted } = fragments {
+    let matrix = instructions.iter().position(|(op, _)| *op == OP_TYPE_COOPERATIVE_MATRIX);
+    if let (Some(length), Some(contracted)) = (length, fragments.contracted()) {
         let matrix = matrix.ok_or("no cooperative matrix in the module")?;
-        if let (Some(length), Some(contracted)) = (length, contracted) {
-            let u32_type = u32_type.ok_or("no u32 in the module")?;
-            instructions.insert(matrix, (OP_CONSTANT, vec![u32_type, length, *contracted]));
+        let u32_type = u32_type.ok_or("no u32 in the module")?;
+        instructions.insert(matrix, (OP_CONSTANT, vec![u32_type, length, contracted]));
+    }
+    match (fragments, matrix) {
+        (Component::Other { bits, encoding, extension, capabilities, .. }, Some(matrix)) => {
+            instructions.insert(matrix, (OP_TYPE_FLOAT, vec![component, *bits, *encoding]));
+            declare(&mut instructions, Some(extension), capabilities);
         }
-        instructions.insert(matrix, (OP_TYPE_FLOAT, vec![component, *bits, *encoding]));
-        declare(&mut instructions, extension, capabilities);
-    } else if let (Some(float), Some(matrix)) =
-        (instructions.iter().position(|(op, a)| *op == OP_TYPE_FLOAT && a[1] == 16), matrix)
-    {
-        if matrix < float {
-            let instruction = instructions.remove(float);
-            instructions.insert(matrix, instruction);
+        (Component::I8 { .. }, Some(matrix)) => {
+            instructions.insert(matrix, (OP_TYPE_INT, vec![component, 8, 1]));
+            declare(&mut instructions, None, &[CAPABILITY_INT8]);
         }
+        (Component::F16, Some(matrix)) => {
+            let float = |(op, a): &Instruction| *op == OP_TYPE_FLOAT && a[1] == 16;
+            raise(&mut instructions, float, matrix);
+        }
+        (_, None) => {}
     }
     if converts {
         convert(&mut instructions, conversion)?;
@@ -295,10 +328,66 @@ fn correct(words: &[u32], fragments: &Component, converts: bool) -> Result<Vec<u
     Ok(out)
 }
 
+/// Moves what matches up to `place`, if it stands below.
+fn raise(
+    instructions: &mut Vec<Instruction>,
+    matches: impl Fn(&Instruction) -> bool,
+    place: usize,
+) {
+    if let Some(at) = instructions.iter().position(matches).filter(|at| *at > place) {
+        let instruction = instructions.remove(at);
+        instructions.insert(place, instruction);
+    }
+}
+
+/// Makes sums i32, and what is multiplied by a factor f32 before.
+fn integer_sums(
+    instructions: &mut Vec<Instruction>,
+    constants: &HashMap<u32, u32>,
+    fresh: &mut impl FnMut() -> u32,
+) -> Result<(), String> {
+    let is_i32 = |(op, a): &Instruction| *op == OP_TYPE_INT && a[1] == 32 && a[2] == 1;
+    let i32_type =
+        instructions.iter().find(|i| is_i32(i)).map(|i| i.1[0]).ok_or("no i32 in the module")?;
+    let is_sum = |(op, a): &Instruction| {
+        *op == OP_TYPE_COOPERATIVE_MATRIX && constants.get(&a[5]) == Some(&2)
+    };
+    let at = instructions.iter().position(is_sum).ok_or("no sums in the module")?;
+    let sums = instructions[at].1[0];
+    let floats = fresh();
+    let mut converted = instructions[at].clone();
+    converted.1[0] = floats;
+    instructions[at].1[1] = i32_type;
+    instructions.insert(at + 1, converted);
+    raise(instructions, is_i32, at);
+    let mut out = Vec::with_capacity(instructions.len());
+    for (op, mut a) in instructions.drain(..) {
+        match op {
+            OP_COOPERATIVE_MATRIX_MUL_ADD => a.push(ALL_SIGNED),
+            // Operands: result type, result, matrix, scalar.
+            OP_MATRIX_TIMES_SCALAR if a[0] == sums => {
+                let values = fresh();
+                out.push((OP_CONVERT_S_TO_F, vec![floats, values, a[2]]));
+                (a[0], a[2]) = (floats, values);
+            }
+            // Of other types than naga thinks.
+            OP_CONSTANT_COMPOSITE if a[0] == sums => {
+                return Err("sums that begin with other than null".into());
+            }
+            _ => {}
+        }
+        out.push((op, a));
+    }
+    *instructions = out;
+    Ok(())
+}
+
 /// Puts an extension and its capabilities where they belong.
-fn declare(instructions: &mut Vec<Instruction>, extension: &str, capabilities: &[u32]) {
+fn declare(instructions: &mut Vec<Instruction>, extension: Option<&str>, capabilities: &[u32]) {
     let first = instructions.iter().take_while(|(op, _)| *op == OP_CAPABILITY).count();
-    instructions.insert(first, (OP_EXTENSION, literal(extension)));
+    if let Some(extension) = extension {
+        instructions.insert(first, (OP_EXTENSION, literal(extension)));
+    }
     for capability in capabilities {
         instructions.insert(first, (OP_CAPABILITY, vec![*capability]));
     }
@@ -325,6 +414,6 @@ fn convert(instructions: &mut Vec<Instruction>, conversion: Conversion) -> Resul
     // A value times 2^-14 times a factor: the product of the last two would be zero where this is not.
     let exact = products.iter().map(|id| (OP_DECORATE, vec![*id, DECORATION_NO_CONTRACTION]));
     instructions.splice(decorations..decorations, exact);
-    declare(instructions, OCP_EXTENSION, &[CAPABILITY_FLOAT4, CAPABILITY_BITCAST_EXTRACT]);
+    declare(instructions, Some(OCP_EXTENSION), &[CAPABILITY_FLOAT4, CAPABILITY_BITCAST_EXTRACT]);
     Ok(())
 }

@@ -7,9 +7,10 @@ use std::ffi::{CStr, c_void};
 use ash::vk;
 
 use super::caps::vulkan::{
-    BFLOAT16, FLOAT8, Float8Features, OCP, OcpFeatures, configurations, e2m1_conversion_of,
-    e4m3_matrices_of,
+    BFLOAT16, FLOAT8, Float8Features, OCP, OcpFeatures, byte_matrices_of, configurations,
+    e2m1_conversion_of,
 };
+use crate::kernels::matmul::{Byte, ByteMatrices};
 use crate::{Error, Result};
 
 const EXTENSION: &CStr = c"VK_KHR_shader_bfloat16";
@@ -73,8 +74,8 @@ pub(crate) fn bf16_matrices(adapter: &wgpu::Adapter) -> bool {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Extras {
     pub(crate) bf16: bool,
-    /// Products in E4M3, and how many positions they contract.
-    pub(crate) e4m3: Option<u32>,
+    /// Products in bytes. Of integers they need nothing: wgpu enables shaderInt8 where it is.
+    pub(crate) bytes: Option<ByteMatrices>,
     /// Conversions of E2M1 to f16, and what else VK_EXT_shader_ocp_microscaling_types has here.
     pub(crate) ocp: bool,
     pub(crate) external_semaphores: bool,
@@ -87,7 +88,7 @@ impl Extras {
             wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::PASSTHROUGH_SHADERS;
         Extras {
             bf16: features.contains(matrices) && bf16_matrices(adapter),
-            e4m3: if features.contains(matrices) { e4m3_matrices_of(adapter) } else { None },
+            bytes: if features.contains(matrices) { byte_matrices_of(adapter) } else { None },
             ocp: features.contains(matrices) && e2m1_conversion_of(adapter).is_some(),
             external_semaphores: features.contains(wgpu::Features::VULKAN_EXTERNAL_MEMORY_FD)
                 && has_extension(adapter, ash::khr::external_semaphore_fd::NAME),
@@ -137,7 +138,7 @@ pub(crate) fn open(
                     (*bf16).p_next = args.create_info.p_next.cast_mut();
                     args.create_info.p_next = bf16.cast_const().cast();
                 }
-                if extras.e4m3.is_some() {
+                if extras.bytes.is_some_and(|matrices| matrices.byte == Byte::E4m3) {
                     args.extensions.push(FLOAT8);
                     (*fp8).p_next = args.create_info.p_next.cast_mut();
                     args.create_info.p_next = fp8.cast_const().cast();

@@ -7,7 +7,7 @@
 //! # Tiers
 //! - [`Tier::Exact`]: E2M1, E2M3 and INT8 codes are small integers, so a block's dot product is exact in `dot4I8Packed`.
 //!   **Exact**: the same bits on every engine.
-//! - [`Tier::Tensor`]: cooperative matrices, f16 operands (E2M1 maybe E4M3) and f32 accumulators. Bounded.
+//! - [`Tier::Tensor`]: cooperative matrices, f16 operands (E2M1 maybe bytes) and f32 accumulators. Bounded.
 //! - [`Tier::Alu`]: f32 arithmetic, any operand. Bounded.
 //! - [`Tier::Native`]: a vendor's library, where the machine has one that takes the problem ([`crate::native`]). Bounded. Its
 //!   products are submitted, with all that the stream holds before them, when they are recorded.
@@ -24,16 +24,18 @@
 //! codes and fa, fb its scales relative to the anchors, `acc += f32(s) · (fa · fb)` in ascending order; the products are exact,
 //! and each sum is rounded to nearest. A block whose scale is below 2⁻¹⁰⁷ of its line's largest counts as zero.
 //! Shaders: `shaders/matmul.wgsl` (tiles), `shaders/matmul_skinny.wgsl` (few rows), `shaders/matmul_tensor.wgsl`,
-//! `shaders/matmul_join.wgsl` (slices of k), `shaders/anchors.wgsl`, `shaders/window.wgsl` (E4M3).
+//! `shaders/matmul_join.wgsl` (slices of k), `shaders/anchors.wgsl`, `shaders/window.wgsl` (bytes).
 
+mod bytes;
 mod cpu;
-mod fp8;
 mod gpu;
 #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
 pub(crate) mod native;
 mod tier;
 mod tune;
 
+pub use bytes::Byte;
+pub(crate) use bytes::ByteMatrices;
 pub use gpu::kernels;
 pub(in crate::kernels) use gpu::operand_constants;
 pub(crate) use tune::Table;
@@ -55,8 +57,8 @@ pub enum Tier {
     Auto,
     /// Integer dot products; the same bits on every engine.
     Exact,
-    /// Cooperative matrices: f16 operands, f32 accumulators. E2M1 under E8M0 scales on both sides: operands in E4M3 where the
-    /// device has such matrices and that is exact, tile by tile.
+    /// Cooperative matrices: f16 operands, f32 accumulators. E2M1 under E8M0 scales on both sides: operands of eight bits, E4M3
+    /// or integers ([`Byte`]), where the device has such matrices and that is exact, tile by tile.
     Tensor,
     /// f32 arithmetic.
     Alu,
@@ -352,8 +354,8 @@ pub struct Matmul {
     native: Option<native::Native>,
     /// The tile to take, to measure it.
     forced: Option<tier::Shape>,
-    /// The tensor tier: by fragments of E4M3, where that is exact.
-    e4m3: Option<fp8::Way>,
+    /// The tensor tier: by fragments of bytes, where that is exact.
+    bytes: Option<bytes::Way>,
 }
 
 impl Matmul {
@@ -378,7 +380,7 @@ impl Matmul {
                         slice: None,
                         native,
                         forced: None,
-                        e4m3: None,
+                        bytes: None,
                     });
                 }
                 Some(Err(has)) if named => {
@@ -410,13 +412,13 @@ impl Matmul {
     /// In the tier asked for, or the fastest but the native one.
     fn without_native(ctx: &Context, desc: &MatmulDesc) -> Result<Matmul> {
         let (tier, mut why) = tier::choose(ctx, desc)?;
-        let e4m3 = match fp8::choose(ctx, desc, tier) {
+        let bytes = match bytes::choose(ctx, desc, tier) {
             Ok(way) => {
-                why += "; E4M3 where lines keep within its window";
+                why += &format!("; {} where lines keep within its window", way.matrices.byte);
                 Some(way)
             }
             Err(Some(reason)) => {
-                why += &format!("; not in E4M3: {reason}");
+                why += &format!("; not in bytes: {reason}");
                 None
             }
             Err(None) => None,
@@ -429,7 +431,7 @@ impl Matmul {
             #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
             native: None,
             forced: None,
-            e4m3,
+            bytes,
         })
     }
 
@@ -457,24 +459,24 @@ impl Matmul {
         self.slice.map_or(1, |slice| self.desc.k.div_ceil(slice))
     }
 
-    /// Whether tiles whose lines allow it are computed by cooperative matrices of FP8: see [`Tier::Tensor`].
-    pub fn uses_fp8(&self) -> bool {
-        self.e4m3.is_some()
+    /// What tiles whose lines allow it are computed in instead of f16: see [`Tier::Tensor`].
+    pub fn bytes(&self) -> Option<Byte> {
+        self.bytes.map(|way| way.matrices.byte)
     }
 
-    /// For tests: leaves out the tiles that are not computed in FP8.
+    /// For tests: leaves out the tiles that are not computed in bytes.
     #[doc(hidden)]
-    pub fn fp8_alone(mut self) -> Matmul {
-        if let Some(way) = &mut self.e4m3 {
+    pub fn bytes_alone(mut self) -> Matmul {
+        if let Some(way) = &mut self.bytes {
             way.alone = true;
         }
         self
     }
 
-    /// For tests: the same without FP8.
+    /// For tests: the same without bytes.
     #[doc(hidden)]
-    pub fn without_fp8(mut self) -> Matmul {
-        self.e4m3 = None;
+    pub fn without_bytes(mut self) -> Matmul {
+        self.bytes = None;
         self
     }
 

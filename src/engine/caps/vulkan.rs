@@ -5,6 +5,8 @@ use std::ffi::{CStr, c_void};
 use ash::vk;
 
 use super::Capability;
+#[cfg(not(target_vendor = "apple"))]
+use crate::kernels::matmul::{Byte, ByteMatrices};
 
 /// `VK_COMPONENT_TYPE_*` values newer than ash 0.38's headers (Vulkan 1.4.360 registry).
 pub(crate) const FLOAT8_E4M3: i32 = 1_000_491_002;
@@ -23,6 +25,7 @@ pub(super) fn probe(adapter: &wgpu::Adapter) -> Vec<Capability> {
             "f32-denormals",
             "driver-cooperative-matrix",
             "fp8-cooperative-matrix",
+            "i8-cooperative-matrix",
             "fp8-conversion",
             "mx-conversion",
         ]
@@ -83,6 +86,11 @@ pub(super) fn probe(adapter: &wgpu::Adapter) -> Vec<Capability> {
         Err(reason) => (false, reason),
     };
     lines.push(Capability::new("fp8-cooperative-matrix", fp8, reason));
+    let (i8, reason) = match i8_matrices(has_int8(instance, device), &list) {
+        Ok(k) => (true, format!("16x16x{k} i8·i8→i32: E2M1 operands of the tensor tier")),
+        Err(reason) => (false, reason),
+    };
+    lines.push(Capability::new("i8-cooperative-matrix", i8, reason));
     lines.push(extension("fp8-conversion", FLOAT8, "FP8 types in shaders"));
     let ocp = has(OCP).then(|| OcpFeatures::of(instance, device));
     let (found, reason) = match e2m1_conversion(ocp.as_ref()) {
@@ -263,18 +271,55 @@ pub(crate) fn e4m3_matrices(
     })
 }
 
-/// [`e4m3_matrices`] of an adapter.
+/// The same of signed integers of eight bits, with i32 sums. `int8`: shaderInt8.
+pub(crate) fn i8_matrices(int8: bool, list: &[Configuration]) -> Result<u32, String> {
+    let integers = |c: &&Configuration| {
+        let [a, b, sums @ ..] = c.types;
+        [a, b] == [vk::ComponentTypeKHR::SINT8; 2] && sums == [vk::ComponentTypeKHR::SINT32; 2]
+    };
+    let usable =
+        |k: &u32| list.iter().filter(integers).any(|c| c.subgroup && c.size == [16, 16, *k]);
+    if !int8 {
+        return Err("shaderInt8 is not there".into());
+    }
+    [32, 16].into_iter().find(usable).ok_or_else(|| {
+        let found: Vec<_> = list.iter().filter(integers).map(Configuration::to_string).collect();
+        match found.is_empty() {
+            true => "no cooperative configuration is i8·i8→i32".into(),
+            false => format!(
+                "16x16x32 or 16x16x16 i8·i8→i32 of a subgroup is needed, the driver lists {}",
+                found.join(", ")
+            ),
+        }
+    })
+}
+
+/// The cooperative matrices of bytes that the tensor tier uses on an adapter: E4M3 before I8, whose window is smaller.
 #[cfg(not(target_vendor = "apple"))]
-pub(crate) fn e4m3_matrices_of(adapter: &wgpu::Adapter) -> Option<u32> {
+pub(crate) fn byte_matrices_of(adapter: &wgpu::Adapter) -> Option<ByteMatrices> {
     // SAFETY: the adapter handle is only used within this function, while `adapter` is alive.
     let hal = unsafe { adapter.as_hal::<wgpu::hal::api::Vulkan>() }?;
     let has = |name| hal.physical_device_capabilities().supports_extension(name);
-    if !has(FLOAT8) || !has(ash::khr::cooperative_matrix::NAME) {
+    if !has(ash::khr::cooperative_matrix::NAME) {
         return None;
     }
     let (instance, device) = (hal.shared_instance().raw_instance(), hal.raw_physical_device());
     let list = configurations(hal.shared_instance().entry(), instance, device)?;
-    e4m3_matrices(Some(&Float8Features::of(instance, device)), &list).ok()
+    let features = has(FLOAT8).then(|| Float8Features::of(instance, device));
+    let e4m3 = e4m3_matrices(features.as_ref(), &list).map(|k| (Byte::E4m3, k));
+    let found =
+        e4m3.or_else(|_| i8_matrices(has_int8(instance, device), &list).map(|k| (Byte::I8, k)));
+    found.ok().map(|(byte, k)| ByteMatrices { byte, k })
+}
+
+/// VkPhysicalDeviceShaderFloat16Int8Features' shaderInt8.
+fn has_int8(instance: &ash::Instance, device: vk::PhysicalDevice) -> bool {
+    let mut int8 = vk::PhysicalDeviceShaderFloat16Int8Features::default();
+    let mut features = vk::PhysicalDeviceFeatures2::default().push_next(&mut int8);
+    // SAFETY: `device` belongs to `instance`; the chained structure is of Vulkan 1.2, which every driver with cooperative
+    // matrices has.
+    unsafe { instance.get_physical_device_features2(device, &mut features) };
+    int8.shader_int8 == vk::TRUE
 }
 
 /// A cooperative configuration: m, n, k; the types of A, B, C and the result; whether it is a subgroup's.
@@ -344,6 +389,29 @@ mod tests {
 
     fn configuration(size: [u32; 3], [a, b, sums]: [vk::ComponentTypeKHR; 3]) -> Configuration {
         Configuration { size, types: [a, b, sums, sums], subgroup: true }
+    }
+
+    #[test]
+    fn integers_need_shader_int8_and_a_configuration() {
+        const I8: vk::ComponentTypeKHR = vk::ComponentTypeKHR::SINT8;
+        const I32: vk::ComponentTypeKHR = vk::ComponentTypeKHR::SINT32;
+        const U8: vk::ComponentTypeKHR = vk::ComponentTypeKHR::UINT8;
+        let usable = configuration([16, 16, 32], [I8, I8, I32]);
+        let short = configuration([16; 3], [I8, I8, I32]);
+        assert_eq!(i8_matrices(true, std::slice::from_ref(&short)), Ok(16));
+        assert_eq!(i8_matrices(true, &[short, usable.clone()]), Ok(32));
+        let mut workgroup = usable.clone();
+        workgroup.subgroup = false;
+        for (int8, list, part) in [
+            (false, vec![usable], "shaderInt8"),
+            (true, vec![], "no cooperative configuration"),
+            (true, vec![configuration([16, 16, 32], [U8, U8, I32])], "no cooperative"),
+            (true, vec![configuration([16, 8, 32], [I8, I8, I32])], "lists 16x8x32 i8·i8→i32"),
+            (true, vec![workgroup], "lists 16x16x32"),
+        ] {
+            let reason = i8_matrices(int8, &list).unwrap_err();
+            assert!(reason.contains(part), "{reason}");
+        }
     }
 
     #[test]

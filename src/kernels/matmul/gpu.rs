@@ -1,13 +1,11 @@
 //! Recording a product on a GPU, and its kernels.
 
-use super::fp8;
+use super::bytes::{self, Byte};
 use super::tier::{self, Fragments, Load, Shape};
 use super::{Extras, Input, Matmul, MatmulDesc, Operand, Output, Target, Tier, Values};
 use crate::engine::buffer::{Chunk, DType, Rows, STATE_WORDS};
 use crate::engine::gpu::{Gpu, Scratch};
-use crate::engine::shader::{
-    BF16_FRAGMENTS, Binding, E2M1_CONVERSION, E4M3_FRAGMENTS, Kernel, Source, shader,
-};
+use crate::engine::shader::{BF16_FRAGMENTS, Binding, E2M1_CONVERSION, Kernel, Source, shader};
 use crate::engine::{Engine, Stream};
 use crate::formats::{Block, Element, MxSpec, Rounding, ScaleFormat};
 use crate::kernels::{
@@ -117,8 +115,8 @@ pub(super) fn record(
         _ => tier::shape(gpu, desc, tier, slice.is_some()),
     };
     let variant = Variant::new(desc, tier, shape, slice.is_some());
-    let fp8 = matmul.e4m3.filter(|_| bound_at_once && tier == Tier::Tensor);
-    let variants = match fp8.and_then(|way| variant.windowed(way)) {
+    let way = matmul.bytes.filter(|_| bound_at_once && tier == Tier::Tensor);
+    let variants = match way.and_then(|way| variant.windowed(way)) {
         Some(two) if two[0].storage().len() <= most_storage(gpu) => two,
         _ => vec![variant],
     };
@@ -166,9 +164,9 @@ pub(super) fn record(
     for data in extras.bias.map(|t| &t.data).into_iter().chain(extras.groups.map(|g| &g.data)) {
         more.extend(data.chunks().map(|chunk| chunk.buffer));
     }
-    let windows = match variants[0].is_windowed() {
-        true => Some(fp8::windows(stream, gpu, desc, a, b)?),
-        false => None,
+    let windows = match variants[0].bytes() {
+        Some((byte, ..)) => Some(bytes::windows(stream, gpu, desc, byte, a, b)?),
+        None => None,
     };
     let b_windows = windows.as_ref().map_or(0, |(_, first)| *first);
     more.extend(windows.as_ref().map(|(buffer, _)| buffer));
@@ -457,7 +455,7 @@ struct Variant {
     out: Out,
     bias: bool,
     grouped: Grouped,
-    /// Whether it is for the tiles that the same kernel in E4M3 leaves.
+    /// Whether it is for the tiles that the same kernel in bytes leaves.
     outside: bool,
 }
 
@@ -551,8 +549,8 @@ impl Variant {
         }
     }
 
-    /// Two that share its tiles: in E4M3 those whose lines allow it, and in f16 the others (for a test: not at all).
-    fn windowed(&self, way: fp8::Way) -> Option<Vec<Variant>> {
+    /// Two that share its tiles: in bytes those whose lines allow it, and in f16 the others (for a test: not at all).
+    fn windowed(&self, way: bytes::Way) -> Option<Vec<Variant>> {
         let Shape::Tensor { subgroups, fragments, slices, side: 16, by } = self.shape else {
             return None;
         };
@@ -560,7 +558,8 @@ impl Variant {
         if by == Fragments::Wgsl || emulated != way.emulated {
             return None;
         }
-        let by = Fragments::E4m3 { k: way.k, emulated };
+        let bytes::ByteMatrices { byte, k } = way.matrices;
+        let by = Fragments::Bytes { byte, k, emulated };
         let shape = Shape::Tensor { subgroups, fragments, slices, side: 16, by };
         let mut list = vec![Variant { shape, ..*self }];
         if !way.alone {
@@ -570,14 +569,16 @@ impl Variant {
     }
 
     /// Whether [`Variant::windowed`] is for it.
-    fn is_for_e4m3(&self) -> bool {
-        self.tier == Tier::Tensor && fp8::lack(self.a, self.b).is_none()
+    fn is_for_bytes(&self) -> bool {
+        self.tier == Tier::Tensor && bytes::lack(self.a, self.b).is_none()
     }
 
-    /// Fragments of E4M3: positions that they contract, and whether they are emulated.
-    fn e4m3(&self) -> Option<(u32, bool)> {
+    /// Fragments of bytes: of which, positions that they contract, and whether they are emulated.
+    fn bytes(&self) -> Option<(Byte, u32, bool)> {
         match self.shape {
-            Shape::Tensor { by: Fragments::E4m3 { k, emulated }, .. } => Some((k, emulated)),
+            Shape::Tensor { by: Fragments::Bytes { byte, k, emulated }, .. } => {
+                Some((byte, k, emulated))
+            }
             _ => None,
         }
     }
@@ -611,7 +612,7 @@ impl Variant {
 
     /// Whether it leaves tiles to another.
     fn is_windowed(&self) -> bool {
-        self.outside || self.e4m3().is_some()
+        self.outside || self.bytes().is_some()
     }
 
     fn name(&self) -> String {
@@ -737,8 +738,8 @@ impl Variant {
         let mut source = Source::new();
         let (mut features, mut passthrough) = (wgpu::Features::empty(), false);
         let halves = matches!(self.shape, Shape::Skinny { halves: true, .. });
-        let e4m3 = self.e4m3();
-        if tensor && e4m3.is_none() || halves {
+        let bytes = self.bytes();
+        if tensor && bytes.is_none() || halves {
             source = source.line("enable f16;");
             features |= wgpu::Features::SHADER_F16;
         }
@@ -753,7 +754,7 @@ impl Variant {
                 by @ (Fragments::Spirv
                 | Fragments::Wgsl
                 | Fragments::Ocp { emulated: false }
-                | Fragments::E4m3 { emulated: false, .. }),
+                | Fragments::Bytes { emulated: false, .. }),
             ..
         } = self.shape
         {
@@ -771,8 +772,8 @@ impl Variant {
             if let Fragments::Ocp { .. } = by {
                 source = source.line(E2M1_CONVERSION);
             }
-            if let Some((k, _)) = e4m3 {
-                source = source.line(&format!("{E4M3_FRAGMENTS}{k}"));
+            if let Some((byte, k, _)) = bytes {
+                source = source.line(&format!("{}{k}", byte.fragments()));
             }
             if by != Fragments::Wgsl {
                 passthrough = true;
@@ -801,8 +802,10 @@ impl Variant {
                 .constant("FM", fragments[0])
                 .constant("FN", fragments[1])
                 .constant("FRAGMENT", side)
-                .constant("FRAGMENT_K", e4m3.map_or(side, |(k, _)| k))
-                .flag("E4M3", e4m3.is_some())
+                .constant("FRAGMENT_K", bytes.map_or(side, |(_, k, _)| k))
+                .flag("BYTES", bytes.is_some())
+                .constant("PER_UNIT", if bytes.is_some() { 16 } else { 8 })
+                .constant("STAGES", if bytes.is_some() { 2 } else { 4 })
                 .constant("A_UNITS", self.shape.outputs()[0] / (self.workgroup() / slices / 4))
                 .constant("B_UNITS", self.shape.outputs()[1] / (self.workgroup() / slices / 4)),
         };
@@ -813,9 +816,9 @@ impl Variant {
             _ => false,
         };
         // The same order of positions in both loaders.
-        let bytes =
-            |operand: Operand| matches!(operand.values, Values::Mx(spec) if tier::fp8(spec));
-        let alike = same(self.a, self.b) || bytes(self.a) && bytes(self.b);
+        let floats =
+            |operand: Operand| matches!(operand.values, Values::Mx(spec) if tier::floats(spec));
+        let alike = same(self.a, self.b) || floats(self.a) && floats(self.b);
         source = source
             .constant("SEGMENTS", self.segments)
             .constant("STAGE", self.stage())
@@ -876,10 +879,10 @@ impl Variant {
                 })
                 .fragment(shader!("lib/encode.wgsl")),
         };
-        if e4m3.is_some() {
-            source = fp8::constants(source);
+        if let Some((byte, ..)) = bytes {
+            source = bytes::constants(source, byte);
         }
-        if tensor && e4m3.is_none() || halves {
+        if tensor && bytes.is_none() || halves {
             source = source
                 .fragment(shader!("lib/halves.wgsl"))
                 .fragment(shader!("lib/nibble_pair.wgsl"));
@@ -892,6 +895,14 @@ impl Variant {
         }
         for (name, operand, load) in [('a', self.a, self.load[0]), ('b', self.b, self.load[1])] {
             let words = load == Load::Words;
+            let nibbles = match bytes {
+                Some((Byte::E4m3, ..)) => shader!("lib/nibbles_e4m3.wgsl"),
+                Some((Byte::I8, ..)) => shader!("lib/nibbles_i8.wgsl"),
+                None => match self.ocp() {
+                    Some(_) => shader!("lib/nibbles_ocp.wgsl"),
+                    None => shader!("lib/nibbles_f16.wgsl"),
+                },
+            };
             let fragments: &[&str] = match (operand.values, tensor, self.tier) {
                 (Values::Dense(_), ..) if join => &[shader!("lib/operand_dense.wgsl")],
                 (Values::Mx(_), ..) if join => &[shader!("lib/operand.wgsl")],
@@ -909,16 +920,16 @@ impl Variant {
                 (Values::Dense(_), false, _) => {
                     &[shader!("lib/operand_dense.wgsl"), shader!("lib/dense_words.wgsl")]
                 }
-                (Values::Mx(_), true, _) if words && e4m3.is_some() => &[
+                (Values::Mx(_), true, _) if words && bytes.is_some() => &[
                     shader!("lib/operand.wgsl"),
                     shader!("lib/operand_codes.wgsl"),
-                    shader!("lib/nibbles_e4m3.wgsl"),
+                    nibbles,
                     shader!("lib/loader_open.wgsl"),
                     shader!("lib/loader_eight.wgsl"),
                 ],
-                (Values::Mx(_), true, _) if e4m3.is_some() => &[
+                (Values::Mx(_), true, _) if bytes.is_some() => &[
                     shader!("lib/operand.wgsl"),
-                    shader!("lib/nibbles_e4m3.wgsl"),
+                    nibbles,
                     shader!("lib/loader_open.wgsl"),
                     shader!("lib/loader_nibbles.wgsl"),
                 ],
@@ -930,7 +941,7 @@ impl Variant {
                     shader!("lib/loader_open.wgsl"),
                     shader!("lib/loader_eight.wgsl"),
                 ],
-                (Values::Mx(spec), true, _) if load == Load::Blocks || tier::fp8(spec) => &[
+                (Values::Mx(spec), true, _) if load == Load::Blocks || tier::floats(spec) => &[
                     shader!("lib/operand.wgsl"),
                     shader!("lib/operand_halves.wgsl"),
                     shader!("lib/loader_open.wgsl"),
@@ -942,10 +953,7 @@ impl Variant {
                 (Values::Mx(_), true, _) => &[
                     shader!("lib/operand.wgsl"),
                     shader!("lib/operand_halves.wgsl"),
-                    match self.ocp() {
-                        Some(_) => shader!("lib/nibbles_ocp.wgsl"),
-                        None => shader!("lib/nibbles_f16.wgsl"),
-                    },
+                    nibbles,
                     shader!("lib/loader_open.wgsl"),
                     shader!("lib/loader_nibbles.wgsl"),
                 ],
@@ -1023,14 +1031,14 @@ impl Variant {
                     (
                         Fragments::Spirv
                         | Fragments::Ocp { emulated: false }
-                        | Fragments::E4m3 { emulated: false, .. },
+                        | Fragments::Bytes { emulated: false, .. },
                         _,
                     ) => shader!("lib/multiply.wgsl"),
                     (Fragments::Wgsl, _) => "",
                     (Fragments::Emulated, Tier::Exact) => {
                         shader!("lib/multiply_exact_emulated.wgsl")
                     }
-                    (Fragments::Emulated | Fragments::Ocp { .. } | Fragments::E4m3 { .. }, _) => {
+                    (Fragments::Emulated | Fragments::Ocp { .. } | Fragments::Bytes { .. }, _) => {
                         shader!("lib/multiply_emulated.wgsl")
                     }
                 })
@@ -1056,11 +1064,11 @@ fn coop_fragments(by: Fragments) -> &'static [&'static str] {
             shader!("lib/sums_coop.wgsl"),
             shader!("lib/coop_f32.wgsl"),
         ],
-        Fragments::E4m3 { emulated: false, .. } => &[
-            shader!("lib/units_8.wgsl"),
+        Fragments::Bytes { emulated: false, .. } => &[
+            shader!("lib/units_16.wgsl"),
             shader!("lib/strip.wgsl"),
             shader!("lib/sums_coop.wgsl"),
-            shader!("lib/coop_e4m3.wgsl"),
+            shader!("lib/coop_bytes.wgsl"),
         ],
         Fragments::Wgsl => &[
             shader!("lib/units_f16.wgsl"),
@@ -1073,12 +1081,22 @@ fn coop_fragments(by: Fragments) -> &'static [&'static str] {
             shader!("lib/sums_emulated.wgsl"),
             shader!("lib/coop_emulated.wgsl"),
         ],
-        Fragments::E4m3 { emulated: true, .. } => &[
-            shader!("lib/units_8.wgsl"),
-            shader!("lib/strip.wgsl"),
-            shader!("lib/sums_emulated.wgsl"),
-            shader!("lib/coop_e4m3_emulated.wgsl"),
-        ],
+        Fragments::Bytes { byte, emulated: true, .. } => match byte {
+            Byte::E4m3 => &[
+                shader!("lib/units_16.wgsl"),
+                shader!("lib/strip.wgsl"),
+                shader!("lib/sums_emulated.wgsl"),
+                shader!("lib/byte_e4m3.wgsl"),
+                shader!("lib/coop_bytes_emulated.wgsl"),
+            ],
+            Byte::I8 => &[
+                shader!("lib/units_16.wgsl"),
+                shader!("lib/strip.wgsl"),
+                shader!("lib/sums_emulated.wgsl"),
+                shader!("lib/byte_i8.wgsl"),
+                shader!("lib/coop_bytes_emulated.wgsl"),
+            ],
+        },
     }
 }
 
@@ -1312,13 +1330,14 @@ pub fn kernels() -> Vec<Kernel> {
     let converting: Vec<_> = dense.filter_map(Variant::converting).collect();
     variants.extend(converting);
     let mut windowed = Vec::new();
-    for way in
-        [(32, false), (16, false), (32, true)].map(|(k, emulated)| fp8::Way::new(k, emulated))
-    {
-        windowed.extend(variants.iter().filter(|v| v.is_for_e4m3()).flat_map(|v| v.windowed(way)));
+    for (k, emulated) in [(32, false), (16, false), (32, true)] {
+        for way in Byte::ALL.map(|byte| bytes::Way::new(byte, k, emulated)) {
+            let those = variants.iter().filter(|v| v.is_for_bytes());
+            windowed.extend(those.flat_map(|v| v.windowed(way)));
+        }
     }
     variants.extend(windowed.into_iter().flatten());
     let mut names = std::collections::HashSet::new();
     variants.retain(|variant| names.insert(variant.name()));
-    variants.iter().map(Variant::kernel).chain(fp8::kernels()).collect()
+    variants.iter().map(Variant::kernel).chain(bytes::kernels()).collect()
 }

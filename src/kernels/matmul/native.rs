@@ -223,7 +223,7 @@ impl Matmul {
             slice: None,
             native: Some(native),
             forced: None,
-            e4m3: None,
+            bytes: None,
         })
     }
 

@@ -1,6 +1,6 @@
 //! Which tier, and which tile.
 
-use super::fp8;
+use super::bytes::{self, Byte};
 use super::{MatmulDesc, Operand, Output, Tier, Values};
 use crate::engine::buffer::DType;
 use crate::engine::caps::State;
@@ -25,9 +25,9 @@ pub(crate) enum Fragments {
     Wgsl,
     /// Without cooperative matrices.
     Emulated,
-    /// Of E4M3, by SPIR-V of this crate's or without cooperative matrices: k positions at a time. No product's usual tile: they
-    /// take the place of [`Fragments::Spirv`] and [`Fragments::Emulated`] where `fp8.rs` says so.
-    E4m3 { k: u32, emulated: bool },
+    /// Of eight bits, by SPIR-V of this crate's or without cooperative matrices: k positions at a time. No product's usual tile:
+    /// they take the place of [`Fragments::Spirv`] and [`Fragments::Emulated`] where `bytes.rs` says so.
+    Bytes { byte: Byte, k: u32, emulated: bool },
     /// As [`Fragments::Spirv`] or [`Fragments::Emulated`], with E2M1 operands converted by VK_EXT_shader_ocp_microscaling_types.
     Ocp { emulated: bool },
 }
@@ -218,7 +218,8 @@ fn tensor(
         }
     }
     let features = gpu.device.features();
-    let alone = gpu.emulate_tensor && gpu.emulate_fp8 && fp8::lack(desc.a, desc.b).is_none();
+    let alone =
+        gpu.emulate_tensor && gpu.emulate_bytes.is_some() && bytes::lack(desc.a, desc.b).is_none();
     if !features.contains(wgpu::Features::SHADER_F16) && !alone {
         return lack("f16 in shaders", "the device was opened without".into());
     }
@@ -567,7 +568,7 @@ pub(super) enum Load {
 }
 
 /// Elements of eight bits that are floats.
-pub(super) fn fp8(spec: MxSpec) -> bool {
+pub(super) fn floats(spec: MxSpec) -> bool {
     matches!(spec.element, Element::E4M3 | Element::E5M2)
 }
 
@@ -578,7 +579,7 @@ pub(super) fn load(operand: &Operand, k: usize, outputs: usize) -> Load {
     }
     match (operand.values, operand.transposed) {
         (Values::Mx(_), _) if wide(operand, k) => Load::Vectors,
-        (Values::Mx(spec), false) if fp8(spec) && spec.block.len() >= 32 => Load::Vectors,
+        (Values::Mx(spec), false) if floats(spec) && spec.block.len() >= 32 => Load::Vectors,
         (Values::Dense(DType::F16 | DType::BF16), false) => Load::Vectors,
         (Values::Dense(DType::F16 | DType::BF16), true) if outputs.is_multiple_of(8) => {
             Load::Columns

@@ -596,12 +596,13 @@ impl Random {
                     unsign(spec.element, &mut codes);
                 }
                 let mut scales = random_bytes(seed ^ 0x5ca1e, layout.scales_len());
-                let (low, most) = match spec.scale {
-                    ScaleFormat::E8M0 => (120, 1.0),
+                let (low, spread, most) = match spec.scale {
+                    // As far apart as those of normal values: bytes take them (bytes.rs).
+                    ScaleFormat::E8M0 => (124, 3, 1.0),
                     // 0.25 to 0.46875.
-                    ScaleFormat::E4M3 => (40, 0.5),
+                    ScaleFormat::E4M3 => (40, 7, 0.5),
                 };
-                scales.iter_mut().for_each(|s| *s = low + (*s & 7));
+                scales.iter_mut().for_each(|s| *s = low + (*s & spread));
                 let largest = spec.element.max() * most;
                 let tensor = MxTensor::from_parts(layout, codes, scales, 1.0)?;
                 Ok(Random { data: Data::Mx(ctx.upload_mx(&tensor)?), largest })
@@ -688,8 +689,10 @@ impl std::fmt::Display for Shape {
                     Fragments::Spirv => "spirv",
                     Fragments::Wgsl => "wgsl",
                     Fragments::Emulated => "emulated",
-                    Fragments::E4m3 { k, emulated: false } => &format!("e4m3k{k}-"),
-                    Fragments::E4m3 { k, emulated: true } => &format!("e4m3k{k}-emulated"),
+                    Fragments::Bytes { byte, k, emulated } => {
+                        let emulated = if *emulated { "emulated" } else { "" };
+                        &format!("{byte}k{k}-{emulated}").to_lowercase()
+                    }
                     Fragments::Ocp { emulated: false } => "ocp",
                     Fragments::Ocp { emulated: true } => "ocp-emulated",
                 };

@@ -1,8 +1,8 @@
-//! The tensor tier in FP8, emulated: its bytes in workgroup memory are E4M3's, decoded by definition. No device at hand has
-//! FP8 matrices; this shows that what they would be given is right, not what they make of it.
+//! The tensor tier in bytes, emulated: what lies in workgroup memory is E4M3, decoded by definition, or integers. This shows that
+//! what a device's matrices are given is right, not what they make of it: tests/matmul.rs shows that on a device that has some.
 //!
-//! Products must have f16's bits, since terms and their order are the same; they must lie within the tensor tier's bound
-//! (tests/common/product.rs); and FP8 must have the tiles that it can have, and no others.
+//! Products must have f16's bits, since terms and their order are the same (integers: since both are exact); they must lie within
+//! the tensor tier's bound (tests/common/product.rs); and bytes must have the tiles that they can have, and no others.
 //!
 //! And its f16 operands converted from E2M1 by VK_EXT_shader_ocp_microscaling_types, emulated by the definition of that: every
 //! code as the definition says, and the bits of what decodes codes itself. tests/spirv.rs has what a driver would be given.
@@ -14,24 +14,31 @@ use common::product::{Lines, compare, product};
 use common::{assert_bytes, garbage, to_f32, words};
 use libtest_mimic::Failed;
 use microscaling::engine::caps::State;
-use microscaling::kernels::matmul::{Extras, Tuning};
+use microscaling::kernels::matmul::{Byte, Extras, Tuning};
 use microscaling::{
     Axis, Block, Context, DType, DeviceChoice, Element, Error, Groups, Layout, MXFP4, MXFP8_E4M3,
     Matmul, MatmulDesc, MxSpec, MxTensor, NVFP4, Operand, Options, Output, QuantizeDesc, Rounding,
     Tier, wgpu,
 };
 
-/// Powers of two from a line's anchor to the last block that is exact: 0.5 · 2^(6 − 11) is E4M3's smallest normal number.
-const WINDOW: usize = 11;
+/// Powers of two from a line's anchor to the last block that is exact: 0.5 · 2^(6 − 11) is E4M3's smallest normal number, and
+/// 12 · 2^3 the largest that seven bits hold of twice a code.
+fn window(ctx: &Context) -> usize {
+    match Matmul::new(ctx, &desc(MXFP4, MXFP4, [64, 64, 128])).map(|kernel| kernel.bytes()) {
+        Ok(Some(Byte::E4m3)) => 11,
+        Ok(Some(Byte::I8)) => 3,
+        other => panic!("{other:?}"),
+    }
+}
 
 const TESTS: &[(&str, Test)] = &[
-    ("fp8_has_f16s_bits", same_bits),
+    ("bytes_have_f16s_bits", same_bits),
     ("borders_of_the_window", borders),
     ("nan_and_zero_blocks", nan_and_zero),
     ("wild_scales", wild),
     ("grouped_and_packed", grouped_and_packed),
     ("planted_errors_show", planted),
-    ("what_is_not_for_fp8", not_for_fp8),
+    ("what_is_not_for_bytes", not_for_bytes),
 ];
 
 /// With conversions of E2M1 emulated besides.
@@ -41,16 +48,22 @@ const CONVERTED: &[(&str, Test)] = &[
     ("a_measured_tile_may_convert", measured_tile),
 ];
 
+const EVERY: (&str, Test) = ("every_code_as_defined", every_code);
+const NONE: (&str, Test) = ("no_conversion", no_conversion);
+
 /// Where f16 is left out: nothing has the other tiles.
-const ALONE: &[(&str, Test)] = &[("fp8_alone_keeps_the_bound", alone)];
+const ALONE: &[(&str, Test)] = &[("bytes_alone_keep_the_bound", alone)];
 
 const FP8: &str = " emulated in FP8";
+const I8: &str = " emulated in I8";
 const WITHOUT: &str = " emulated in FP8 without f16";
 const OCP: &str = " emulated in FP8 with conversions";
 
 fn main() {
     let f16 = wgpu::Features::SHADER_F16;
-    let options = Options { emulate_tensor: true, emulate_fp8: true, ..Default::default() };
+    let emulated =
+        |byte| Options { emulate_tensor: true, emulate_bytes: Some(byte), ..Default::default() };
+    let options = emulated(Byte::E4m3);
     let without = Options { without: f16, ..options.clone() };
     let ocp = Options { ocp_conversion: true, ..options.clone() };
     // It would need no f16, but SwiftShader, which has none, does not end within minutes.
@@ -64,13 +77,19 @@ fn main() {
         },
         Form { what: OCP, options: ocp, steps: [1; 2], needs: (f16, "no f16 in shaders") },
         Form { what: FP8, options, steps: [1, 2], needs: (f16, "no f16 in shaders") },
+        Form {
+            what: I8,
+            options: emulated(Byte::I8),
+            steps: [1, 2],
+            needs: (f16, "no f16 in shaders"),
+        },
         Form { what: WITHOUT, options: without, steps: [1, 1], needs: slow },
     ];
     let suite = |form: &str| match form {
-        engines::CPU | engines::PLAIN => {
-            vec![("every_code_as_defined", every_code as Test), ("no_conversion", no_conversion)]
-        }
+        engines::CPU => vec![EVERY, NONE],
+        engines::PLAIN => vec![EVERY, NONE, ("the_devices_own_bytes", own)],
         FP8 => [TESTS, &[("a_measured_tile_may_not_convert", measured_tile)]].concat(),
+        I8 => TESTS.to_vec(),
         OCP => CONVERTED.to_vec(),
         WITHOUT => ALONE.to_vec(),
         _ => vec![],
@@ -112,8 +131,8 @@ fn operand(
 }
 
 /// Distances all over the window.
-fn inside(row: usize, block: usize) -> Option<usize> {
-    Some((row * 5 + block * 7) % (WINDOW + 1))
+fn inside(w: usize) -> impl Fn(usize, usize) -> Option<usize> + Copy {
+    move |row, block| Some((row * 5 + block * 7) % (w + 1))
 }
 
 struct Problem {
@@ -127,7 +146,7 @@ struct Problem {
 #[derive(Clone, Copy, PartialEq)]
 enum By {
     Both,
-    Fp8Alone,
+    BytesAlone,
     F16,
     /// F16, without conversions.
     Decoded,
@@ -145,13 +164,13 @@ impl Problem {
 
     fn kernel(&self, ctx: &Context, by: By) -> Result<Matmul, Failed> {
         let kernel = Matmul::new(ctx, &self.desc)?;
-        let fp8 = [By::Both, By::Fp8Alone].contains(&by);
-        assert!(!fp8 || kernel.uses_fp8(), "{}", kernel.why());
+        let bytes = [By::Both, By::BytesAlone].contains(&by);
+        assert!(!bytes || kernel.bytes().is_some(), "{}", kernel.why());
         Ok(match by {
             By::Both => kernel,
-            By::Fp8Alone => kernel.fp8_alone(),
-            By::F16 => kernel.without_fp8(),
-            By::Decoded => kernel.without_fp8().without_conversion(ctx),
+            By::BytesAlone => kernel.bytes_alone(),
+            By::F16 => kernel.without_bytes(),
+            By::Decoded => kernel.without_bytes().without_conversion(ctx),
         })
     }
 
@@ -219,14 +238,14 @@ impl Problem {
     }
 
     /// FP8 alone writes exactly the tiles that have no line `outside`, with the same bits. Returns how many it writes and not.
-    fn fp8_takes_all_but(
+    fn bytes_take_all_but(
         &self,
         ctx: &Context,
         y: &[u8],
         [a_outside, b_outside]: [&dyn Fn(usize) -> bool; 2],
     ) -> Result<[usize; 2], Failed> {
         let MatmulDesc { m, n, .. } = self.desc;
-        let alone = self.run(ctx, By::Fp8Alone)?;
+        let alone = self.run(ctx, By::BytesAlone)?;
         let [bm, bn] = self.tile(ctx)?;
         let any = |at: usize, size: usize, end: usize, outside: &dyn Fn(usize) -> bool| {
             let first = at / size * size;
@@ -254,7 +273,23 @@ fn never(_: usize) -> bool {
     false
 }
 
+/// All of it with a device's own matrices; where the probe knows none there are none.
+fn own(ctx: &Context, step: usize) -> Result<(), Failed> {
+    let bytes = Matmul::new(ctx, &desc(MXFP4, MXFP4, [64, 64, 128])).map(|kernel| kernel.bytes());
+    if let Ok(Some(_)) = bytes {
+        return TESTS.iter().try_for_each(|(name, test)| {
+            test(ctx, step).map_err(|failed| format!("{name}: {:?}", failed.message()).into())
+        });
+    }
+    let lines = ["fp8-cooperative-matrix", "i8-cooperative-matrix"];
+    let usable = lines.map(|name| ctx.caps().get(name).map(|line| line.state) == Some(State::Yes));
+    // Matrices of bytes are no use without those of f16.
+    assert!(bytes.is_err() || usable == [false; 2], "{bytes:?} {usable:?}");
+    Ok(())
+}
+
 fn same_bits(ctx: &Context, step: usize) -> Result<(), Failed> {
+    let w = window(ctx);
     let with = |block| MXFP4.with_block(block);
     let square = |side| Operand::from(with(Block::Square(side)));
     let v16 = with(Block::Vector(16));
@@ -274,16 +309,16 @@ fn same_bits(ctx: &Context, step: usize) -> Result<(), Failed> {
         let make = |seed, operand: Operand, lines: usize| {
             let microscaling::kernels::matmul::Values::Mx(spec) = operand.values else { panic!() };
             match operand.transposed {
-                false => operand_of(seed, spec, [lines, shape[2]]),
+                false => operand_of(w, seed, spec, [lines, shape[2]]),
                 // A column's anchor is not block 0's: distances of one row apart at most.
-                true => transposed_of(seed, spec, [shape[2], lines]),
+                true => transposed_of(w, seed, spec, [shape[2], lines]),
             }
         };
         let (i, desc) = (i as u64, desc(a, b, shape));
         let problem = Problem::new(desc, make(i, a, shape[0]), make(i + 100, b, shape[1]));
         let y = problem.has_f16s_bits(ctx)?;
         problem.keeps_the_bound(&y).map_err(|f| format!("{i}: {:?}", f.message()))?;
-        let [taken, left] = problem.fp8_takes_all_but(ctx, &y, [&never, &never])?;
+        let [taken, left] = problem.bytes_take_all_but(ctx, &y, [&never, &never])?;
         assert_eq!([taken, left], [shape[0] * shape[1], 0]);
     }
     // What else a product may be.
@@ -298,43 +333,45 @@ fn same_bits(ctx: &Context, step: usize) -> Result<(), Failed> {
         MatmulDesc { m: 40, n: 24, k: 2304, ..plain },
     ] {
         let outside_at = |row, block| match (row % 29, block) {
-            (28, 3) => Some(WINDOW + 3),
-            _ => inside(row, block),
+            (28, 3) => Some(w + 3),
+            _ => inside(w)(row, block),
         };
         let a = operand(7, MXFP4, [desc.batch * desc.m, desc.k], outside_at);
-        let b = operand(8, MXFP4, [desc.batch * desc.n, desc.k], inside);
+        let b = operand(8, MXFP4, [desc.batch * desc.n, desc.k], inside(w));
         Problem::new(desc, a, b).has_f16s_bits(ctx)?;
     }
     Ok(())
 }
 
-fn operand_of(seed: u64, spec: MxSpec, shape: [usize; 2]) -> MxTensor {
-    operand(seed, spec, shape, inside)
+fn operand_of(w: usize, seed: u64, spec: MxSpec, shape: [usize; 2]) -> MxTensor {
+    operand(seed, spec, shape, inside(w))
 }
 
 /// For contraction over the lines: scales of all blocks within the window.
-fn transposed_of(seed: u64, spec: MxSpec, [lines, long]: [usize; 2]) -> MxTensor {
-    let x = operand(seed, spec, [lines, long], inside);
+fn transposed_of(w: usize, seed: u64, spec: MxSpec, [lines, long]: [usize; 2]) -> MxTensor {
+    let x = operand(seed, spec, [lines, long], inside(w));
     let layout = *x.layout();
-    let scales = words(seed, layout.scales_len()).iter().map(|w| 120 + (w % 12) as u8).collect();
+    let near = |word: &u32| 120 + (word % (w as u32 + 1)) as u8;
+    let scales = words(seed, layout.scales_len()).iter().map(near).collect();
     MxTensor::from_parts(layout, x.codes().to_vec(), scales, 1.0).unwrap()
 }
 
 /// Lines with blocks all over the window, zeros, a NaN, and one line that is not FP8's.
 fn alone(ctx: &Context, _: usize) -> Result<(), Failed> {
+    let w = window(ctx);
     for k in [128, 97] {
         let shape @ [m, n, _] = [100, 70, k];
         let a = operand(1, MXFP4, [m, k], |row, block| match (row, block) {
-            (80, 2) => Some(WINDOW + 1),
+            (80, 2) => Some(w + 1),
             (7, _) => None,
-            _ => inside(row, block),
+            _ => inside(w)(row, block),
         });
-        let b = operand(2, MXFP4, [n, k], inside);
+        let b = operand(2, MXFP4, [n, k], inside(w));
         let (codes, mut scales, _) = b.clone().into_parts();
         scales[5 * b.layout().blocks() + 1] = 255;
         let b = MxTensor::from_parts(*b.layout(), codes, scales, 1.0)?;
         let problem = Problem::new(desc(MXFP4, MXFP4, shape), a, b);
-        let y = problem.run(ctx, By::Fp8Alone)?;
+        let y = problem.run(ctx, By::BytesAlone)?;
         let (a, b) = (Lines::mx(&problem.a, false), Lines::mx(&problem.b, false));
         let want = product(Tier::Tensor, &a, &b, 1.0);
         let [bm, _] = problem.tile(ctx)?;
@@ -355,60 +392,62 @@ fn alone(ctx: &Context, _: usize) -> Result<(), Failed> {
 
 /// A block at the window's end is FP8's, one further is not; both are right.
 fn borders(ctx: &Context, _: usize) -> Result<(), Failed> {
+    let w = window(ctx);
     let shape @ [m, n, k] = [150, 140, 128];
-    let far = [WINDOW + 1, WINDOW + 2, 24, 60];
+    let far = [w + 1, w + 2, 24, 60];
     let odd = |row: usize| row == 40 || row == 107;
     let a = operand(1, MXFP4, [m, k], |row, block| match block {
         1 if odd(row) => Some(far[row % 4]),
-        1 => Some(WINDOW),
-        _ => inside(row, block),
+        1 => Some(w),
+        _ => inside(w)(row, block),
     });
     let last = |row: usize| row == 139;
     let b = operand(2, MXFP4, [n, k], |row, block| match block {
-        3 if last(row) => Some(WINDOW + 1),
-        3 => Some(WINDOW),
+        3 if last(row) => Some(w + 1),
+        3 => Some(w),
         _ => Some(0),
     });
     let problem = Problem::new(desc(MXFP4, MXFP4, shape), a, b);
     let y = problem.has_f16s_bits(ctx)?;
     problem.keeps_the_bound(&y)?;
-    let [taken, left] = problem.fp8_takes_all_but(ctx, &y, [&odd, &last])?;
+    let [taken, left] = problem.bytes_take_all_but(ctx, &y, [&odd, &last])?;
     assert!(taken > 0 && left > 0, "{taken} {left}");
 
     // Squares: rows of blocks.
     let square = MXFP4.with_block(Block::Square(32));
     let a = operand(3, square, [m, k], |row, block| match (row, block) {
-        (2, 3) => Some(WINDOW + 1),
-        _ => Some(block % 2 * WINDOW),
+        (2, 3) => Some(w + 1),
+        _ => Some(block % 2 * w),
     });
-    let b = operand_of(4, MXFP4, [n, k]);
+    let b = operand_of(w, 4, MXFP4, [n, k]);
     let problem = Problem::new(desc(square, MXFP4, shape), a, b);
     let y = problem.has_f16s_bits(ctx)?;
-    let [taken, left] = problem.fp8_takes_all_but(ctx, &y, [&|i| i / 32 == 2, &never])?;
+    let [taken, left] = problem.bytes_take_all_but(ctx, &y, [&|i| i / 32 == 2, &never])?;
     assert!(taken > 0 && left > 0, "{taken} {left}");
     // And columns of them.
-    let plain = transposed_of(5, square, [k, n]);
+    let plain = transposed_of(w, 5, square, [k, n]);
     let (codes, mut scales, _) = plain.clone().into_parts();
     let blocks = plain.layout().blocks();
-    (scales[3], scales[blocks + 3]) = (140, 140 - WINDOW as u8 - 1);
+    (scales[3], scales[blocks + 3]) = (140, 140 - w as u8 - 1);
     let b = MxTensor::from_parts(*plain.layout(), codes, scales, 1.0)?;
-    let a = operand_of(6, MXFP4, [m, k]);
+    let a = operand_of(w, 6, MXFP4, [m, k]);
     let problem = Problem::new(desc(MXFP4, Operand::from(square).transposed(), shape), a, b);
     let y = problem.has_f16s_bits(ctx)?;
-    let [taken, left] = problem.fp8_takes_all_but(ctx, &y, [&never, &|j| j / 32 == 3])?;
+    let [taken, left] = problem.bytes_take_all_but(ctx, &y, [&never, &|j| j / 32 == 3])?;
     assert!(taken > 0 && left > 0, "{taken} {left}");
     Ok(())
 }
 
 /// Blocks of zeros do not count, whatever their scale; a NaN makes its line NaN, and that by FP8.
 fn nan_and_zero(ctx: &Context, _: usize) -> Result<(), Failed> {
+    let w = window(ctx);
     let shape @ [m, n, k] = [70, 65, 128];
     let a = operand(1, MXFP4, [m, k], |row, block| match row % 3 == block % 3 {
         true => None,
-        false => inside(row, block),
+        false => inside(w)(row, block),
     });
     let b =
-        operand(2, MXFP4, [n, k], |row, block| if row == 5 { None } else { inside(row, block) });
+        operand(2, MXFP4, [n, k], |row, block| if row == 5 { None } else { inside(w)(row, block) });
     let with_nan = |x: &MxTensor, row: usize, block: usize| {
         let (codes, mut scales, _) = x.clone().into_parts();
         scales[row * x.layout().blocks() + block] = 255;
@@ -418,7 +457,7 @@ fn nan_and_zero(ctx: &Context, _: usize) -> Result<(), Failed> {
     let problem = Problem::new(desc(MXFP4, MXFP4, shape), a, b);
     let y = problem.has_f16s_bits(ctx)?;
     problem.keeps_the_bound(&y)?;
-    assert_eq!(problem.fp8_takes_all_but(ctx, &y, [&never, &never])?, [m * n, 0]);
+    assert_eq!(problem.bytes_take_all_but(ctx, &y, [&never, &never])?, [m * n, 0]);
     for (at, v) in to_f32(DType::F32, &y).into_iter().enumerate() {
         assert_eq!(v.is_nan(), at / n == 9 || at % n == 64, "({}, {})", at / n, at % n);
     }
@@ -427,6 +466,7 @@ fn nan_and_zero(ctx: &Context, _: usize) -> Result<(), Failed> {
 
 /// Any bytes at all.
 fn wild(ctx: &Context, _: usize) -> Result<(), Failed> {
+    let w = window(ctx);
     let shape @ [m, n, k] = [150, 70, 256];
     let any = |seed, lines| {
         let layout = Layout::new(MXFP4, Axis::One, lines, k).unwrap();
@@ -438,19 +478,20 @@ fn wild(ctx: &Context, _: usize) -> Result<(), Failed> {
     let problem = Problem::new(desc(MXFP4, MXFP4, shape), any(1, m), any(2, n));
     let y = problem.has_f16s_bits(ctx)?;
     problem.keeps_the_bound(&y)?;
-    let near = Problem { b: operand_of(3, MXFP4, [n, k]), ..problem };
+    let near = Problem { b: operand_of(w, 3, MXFP4, [n, k]), ..problem };
     let y = near.has_f16s_bits(ctx)?;
     near.keeps_the_bound(&y)
 }
 
 fn grouped_and_packed(ctx: &Context, _: usize) -> Result<(), Failed> {
+    let w = window(ctx);
     let outside_at = |row, block| match (row % 90, block) {
-        (45, 1) => Some(WINDOW + 1),
-        _ => inside(row, block),
+        (45, 1) => Some(w + 1),
+        _ => inside(w)(row, block),
     };
     let [m, n, k] = [160, 40, 128];
     let a = operand(1, MXFP4, [m, k], outside_at);
-    let b = operand(2, MXFP4, [3 * n, k], inside);
+    let b = operand(2, MXFP4, [3 * n, k], inside(w));
     let experts = MatmulDesc { experts: Some(3), ..desc(MXFP4, MXFP4, [m, n, k]) };
     let groups = Some((vec![0, 33, 33, 140], vec![2, 0, 1]));
     Problem { groups, ..Problem::new(experts, a, b) }.has_f16s_bits(ctx)?;
@@ -459,11 +500,11 @@ fn grouped_and_packed(ctx: &Context, _: usize) -> Result<(), Failed> {
     let a = operand(3, MXFP4, [m, k], outside_at);
     let along_k = MatmulDesc { experts: Some(3), group_k: true, ..desc(MXFP4, MXFP4, [m, n, k]) };
     let groups = Some((vec![0, 96, 96, 224], vec![0; 3]));
-    let b = operand_of(4, MXFP4, [n, k]);
+    let b = operand_of(w, 4, MXFP4, [n, k]);
     Problem { groups, ..Problem::new(along_k, a, b) }.has_f16s_bits(ctx)?;
 
     // An invalid group is counted once, though two kernels see it.
-    let (a, b) = (operand_of(5, MXFP4, [40, 64]), operand_of(6, MXFP4, [2 * 16, 64]));
+    let (a, b) = (operand_of(w, 5, MXFP4, [40, 64]), operand_of(w, 6, MXFP4, [2 * 16, 64]));
     let (a, b) = (ctx.upload_mx(&a)?, ctx.upload_mx(&b)?);
     let (device, queue) = ctx.wgpu().expect("a GPU");
     let words: Vec<u32> = vec![0, 0, 20, 10, 0, 1];
@@ -479,7 +520,7 @@ fn grouped_and_packed(ctx: &Context, _: usize) -> Result<(), Failed> {
     let groups = Groups::from_buffer(ctx, 2, buffer)?;
     let desc = MatmulDesc { experts: Some(2), ..self::desc(MXFP4, MXFP4, [40, 16, 64]) };
     let kernel = Matmul::new(ctx, &desc)?;
-    assert!(kernel.uses_fp8(), "{}", kernel.why());
+    assert!(kernel.bytes().is_some(), "{}", kernel.why());
     let mut y = ctx.zeros(DType::F32, 40, 16)?;
     let mut stream = ctx.stream();
     let extras = Extras { groups: Some(&groups), bias: None };
@@ -493,19 +534,20 @@ fn grouped_and_packed(ctx: &Context, _: usize) -> Result<(), Failed> {
         ..Default::default()
     };
     let packed = MatmulDesc { out: out.into(), ..self::desc(MXFP4, MXFP4, [150, 96, 128]) };
-    let (a, b) = (operand(7, MXFP4, [150, 128], outside_at), operand_of(8, MXFP4, [96, 128]));
+    let (a, b) = (operand(7, MXFP4, [150, 128], outside_at), operand_of(w, 8, MXFP4, [96, 128]));
     Problem::new(packed, a, b).has_f16s_bits(ctx)?;
     Ok(())
 }
 
 /// The comparisons fail where they should.
 fn planted(ctx: &Context, _: usize) -> Result<(), Failed> {
+    let w = window(ctx);
     let shape @ [m, n, k] = [40, 33, 128];
     let make = || {
         Problem::new(
             desc(MXFP4, MXFP4, shape),
-            operand_of(1, MXFP4, [m, k]),
-            operand_of(2, MXFP4, [n, k]),
+            operand_of(w, 1, MXFP4, [m, k]),
+            operand_of(w, 2, MXFP4, [n, k]),
         )
     };
     let (right, mut code, mut scale) = (make(), make(), make());
@@ -518,11 +560,11 @@ fn planted(ctx: &Context, _: usize) -> Result<(), Failed> {
     moved[7 * right.a.layout().blocks()] -= 1;
     scale.a = MxTensor::from_parts(*right.a.layout(), codes, moved, 1.0)?;
     for (what, wrong) in [("code", code), ("scale", scale)] {
-        let y = wrong.run(ctx, By::Fp8Alone)?;
+        let y = wrong.run(ctx, By::BytesAlone)?;
         assert!(right.keeps_the_bound(&y).is_err(), "a wrong {what} is within the bound");
         assert_ne!(y, right.run(ctx, By::F16)?, "a wrong {what} has the same bits");
         wrong.keeps_the_bound(&y)?;
-        assert!(wrong.fp8_takes_all_but(ctx, &y, [&|i| i == 0, &never]).is_err());
+        assert!(wrong.bytes_take_all_but(ctx, &y, [&|i| i == 0, &never]).is_err());
     }
     // A block beyond the window that FP8 took nevertheless would count as zero.
     let one = |below| {
@@ -533,13 +575,13 @@ fn planted(ctx: &Context, _: usize) -> Result<(), Failed> {
         });
         x
     };
-    let (beyond, zero) = (one(Some(WINDOW + 1)), one(None));
+    let (beyond, zero) = (one(Some(w + 1)), one(None));
     assert!(beyond.keeps_the_bound(&zero.run(ctx, By::F16)?).is_err(), "a lost block is not seen");
     assert_eq!(beyond.run(ctx, By::Both)?, beyond.run(ctx, By::F16)?);
     Ok(())
 }
 
-fn not_for_fp8(ctx: &Context, _: usize) -> Result<(), Failed> {
+fn not_for_bytes(ctx: &Context, _: usize) -> Result<(), Failed> {
     for (desc, part) in [
         (desc(MXFP4, NVFP4, [40, 33, 64]), "B is nvfp4"),
         (desc(MXFP8_E4M3, MXFP4, [40, 33, 64]), "A is mxfp8-e4m3"),
@@ -547,10 +589,10 @@ fn not_for_fp8(ctx: &Context, _: usize) -> Result<(), Failed> {
         (desc(MXFP4, MXFP4, [16, 33, 64]), "m = 16 is bound by memory"),
     ] {
         let kernel = Matmul::new(ctx, &desc)?;
-        assert!(!kernel.uses_fp8() && kernel.why().contains(part), "{:?}", kernel.why());
+        assert!(kernel.bytes().is_none() && kernel.why().contains(part), "{:?}", kernel.why());
     }
     let other = MatmulDesc { tier: Tier::Exact, ..desc(MXFP4, MXFP4, [40, 33, 64]) };
-    assert!(!Matmul::new(ctx, &other)?.uses_fp8());
+    assert!(Matmul::new(ctx, &other)?.bytes().is_none());
     assert_eq!(MXFP4.element, Element::E2M1);
     Ok(())
 }
