@@ -1,11 +1,11 @@
 // matmul_tensor: a tile of BM × BN outputs a workgroup, by cooperative matrices: both operands decoded to f16 in workgroup
-// memory (BYTES: to E4M3 or I8), sums in f32 (I8: i32). A subgroup of 32 has FM × FN fragments.
+// memory (BYTES: before, to E4M3 or I8), sums in f32 (I8: i32). A subgroup of 32 has FM × FN fragments.
 // Numerics: bounded. Operands are f16 relative to their lines' anchors: exact down to 2^-24 of the scale, see
-//           lib/operand_halves.wgsl; sums are the device's. BYTES: of lines for which eight bits are exact,
-//           lib/nibbles_{e4m3,i8}.wgsl; the same kernel in f16 has the other tiles, lib/window.wgsl.
+//           lib/operand_halves.wgsl; sums are the device's. BYTES: operands that shaders/bytes_pack.wgsl made, of lines for
+//           which eight bits are exact; the same kernel in f16 has the other tiles, lib/window.wgsl.
 // Order:    k is read in chunks of 128, a stage of 32 positions being 8 of each of the chunk's four blocks of 32: an invocation
-//           then decodes codes of one block, which it loaded at once. BYTES: stages of 64, 16 of each block. Any order serves that
-//           both operands share.
+//           then decodes codes of one block, which it loaded at once. Any order serves that both operands share.
+//           BYTES: stages of 64 positions, as they lie.
 // Dispatch: tiles_m · tiles_n · batch workgroups, spread over x and y
 
 const BM = SUBGROUPS_M * FM * FRAGMENT;

@@ -70,6 +70,9 @@ pub struct Options {
     pub emulate_tensor: bool,
     /// Emulate its products in bytes as well, for E2M1 operands; for tests, with [`Options::emulate_tensor`].
     pub emulate_bytes: Option<crate::kernels::matmul::Byte>,
+    /// Products of the tensor tier in bytes ([`crate::kernels::matmul::Byte`]) from so many multiply-adds (m · n · k) on, where the
+    /// device has such matrices; by default where packing the operands is estimated to take less time than it saves.
+    pub bytes_from: Option<u64>,
     /// Decode E2M1 operands of [`crate::Tier::Tensor`] by the conversions of VK_EXT_shader_ocp_microscaling_types instead of by
     /// their bits, where lines are whole vectors of 128 and bytes have not taken them: the same bits of outputs. Nobody has
     /// measured it, so nothing does it by itself; where the device has it, [`crate::Tuning::measure`] tries both. An error on a
@@ -203,6 +206,7 @@ impl Context {
         };
         let context = |mut gpu: Gpu| {
             gpu.emulate_bytes = options.emulate_bytes;
+            gpu.bytes_from = options.bytes_from;
             gpu.ocp_conversion = options.ocp_conversion;
             gpu.libraries = options.libraries.clone();
             gpu.native_from = options.native_from.unwrap_or(crate::native::SMALLEST);

@@ -7,22 +7,8 @@ fn byte_at(unit: u32, e: u32) -> Sum {
     return byte_value((word >> (8u * (e % 4u))) & 0xffu);
 }
 
-// The place of the position that comes k-th in stages of f16: in this order sums of E4M3 have f16's bits. A stage of bytes is
-// two of f16: of each of four parts 16 positions instead of 8 and then 8.
-fn byte_place(k: u32) -> u32 {
-    let within = select(((k & 1u) << 2u) | ((k & 7u) >> 1u), ((k & 3u) << 1u) | ((k & 7u) >> 2u), PAIRS);
-    return ((k & 24u) << 1u) | ((k & 32u) >> 2u) | within;
-}
-
-fn a_at(row: u32, k: u32) -> Sum {
-    let e = byte_place(k);
-    return byte_at(a_fragment(row, e / FRAGMENT_K), e % FRAGMENT_K);
-}
-
-fn b_at(row: u32, k: u32) -> Sum {
-    let e = byte_place(k);
-    return byte_at(b_fragment(row, e / FRAGMENT_K), e % FRAGMENT_K);
-}
+fn a_at(row: u32, k: u32) -> Sum { return byte_at(a_fragment(row, k / FRAGMENT_K), k % FRAGMENT_K); }
+fn b_at(row: u32, k: u32) -> Sum { return byte_at(b_fragment(row, k / FRAGMENT_K), k % FRAGMENT_K); }
 
 fn strip_fragments(sums: ptr<function, Sums>, i: u32, subgroup_m: u32, b_row: u32, lane: u32) {
     for (var j = 0u; j < FN; j++) {

@@ -1,5 +1,5 @@
-// The tensor tier's loader for any MX operand: a unit's codes, eight (BYTES, of E2M1: 16), loaded one stage ahead. `op_` as in
-// lib/operand.wgsl; needs lib/operand_eight.wgsl (BYTES: lib/nibbles_{e4m3,i8}.wgsl). The interface of all loaders:
+// The tensor tier's loader for any MX operand: eight codes at a time, loaded one stage ahead. `op_` as in lib/operand.wgsl;
+// needs lib/operand_eight.wgsl. The interface of all loaders:
 //   open     once
 //   ahead    what stage 0 of the chunk at k needs
 //   load     before stage j of the chunk at k is multiplied: what comes after it, the next chunk being at `next`
@@ -11,14 +11,13 @@
 struct op_Unit { raw: vec2<u32>, scale: u32, anchor: u32, h: vec4<u32> }
 
 const OP_PART = select(32u, 8u, EXACT);
-const OP_STAGE = select(select(8u, 16u, BYTES), 32u, EXACT);
+const OP_STAGE = 40u - OP_PART;
 
 fn op_ahead(units: ptr<function, array<op_Unit, OP_UNITS>>, row0: u32, limit: u32, r0: u32, k: u32) {
     for (var u = 0u; u < OP_UNITS; u++) { // unroll
         let i = op_within(row0 + r0 + u * ROW_STEP, limit);
         let at = k + lane_part() * OP_PART;
         (*units)[u].raw = op_raw8(i, at);
-        if (BYTES) { (*units)[u].raw.y = op_raw8(i, at + 8u).x; }
         (*units)[u].scale = op_scale(i, at);
     }
 }
@@ -29,7 +28,7 @@ fn op_load(units: ptr<function, array<op_Unit, OP_UNITS>>, row0: u32, limit: u32
 
 fn op_decode(units: ptr<function, array<op_Unit, OP_UNITS>>, j: u32) {
     for (var u = 0u; u < OP_UNITS; u++) { // unroll
-        (*units)[u].h = op_decode_unit((*units)[u].raw, (*units)[u].scale, (*units)[u].anchor);
+        (*units)[u].h = op_decode8((*units)[u].raw, (*units)[u].scale, (*units)[u].anchor);
     }
 }
 

@@ -1,5 +1,5 @@
 // The tensor tier's loader for E2M1 lines of whole 128 positions: an invocation loads its rows' 32 codes at once, one load
-// of 16 bytes a whole chunk ahead, and decodes a word of them a stage (as bytes: two). `op_` as in lib/operand.wgsl, the interface in
+// of 16 bytes a whole chunk ahead, and decodes a word of them a stage. `op_` as in lib/operand.wgsl, the interface in
 // lib/loader_eight.wgsl; needs lib/nibbles_*.wgsl. PAIRS: the order within eight may be 0, 4, 1, 5, 2, 6, 3, 7, since the
 // other operand has it too.
 
@@ -34,7 +34,7 @@ fn op_decode(units: ptr<function, array<op_Unit, OP_UNITS>>, j: u32) {
             (*units)[u].codes = (*units)[u].next;
             (*units)[u].factor = op_block_factor(scale, (*units)[u].anchor);
         }
-        (*units)[u].h = op_part((*units)[u].codes, j, (*units)[u].factor);
+        (*units)[u].h = op_eight((*units)[u].codes[j], (*units)[u].factor);
     }
 }
 

@@ -1,6 +1,7 @@
-// Sixteen E2M1 codes of two words as E4M3: code · 2^(6 + scale - anchor), exact for every block within BYTES_WINDOW of its anchor, where no value but zero is below E4M3's smallest normal number. A block further
-// down counts as zero: such a tile is not this kernel's unless the block is zero, see lib/window.wgsl. Of each word codes 0, 2,
-// 4, 6 and then 1, 3, 5, 7: any order serves that both operands share. `op_` as in lib/operand.wgsl. Twin: src/kernels/matmul/bytes.rs.
+// Sixteen E2M1 codes of two words as E4M3: code · 2^(6 + scale - anchor), exact for every block within BYTES_WINDOW of its
+// anchor, where no value but zero is below E4M3's smallest normal number. A block further down counts as zero: such a tile is
+// not computed in bytes unless the block is zero, see lib/window.wgsl. Of each word codes 0, 2, 4, 6 and then 1, 3, 5, 7: any
+// order serves that both operands share. `op_` as in lib/operand.wgsl. Twin: src/kernels/matmul/bytes.rs.
 
 // What is added to the exponent, in place; zero if the block counts as zero.
 alias op_Factor = u32;
@@ -20,19 +21,7 @@ fn op_e4m3(codes: u32, factor: op_Factor) -> u32 {
     return select(magnitude | ((codes << 4u) & 0x80808080u), 0u, factor == 0u);
 }
 
-fn op_sixteen(w: vec2<u32>, factor: op_Factor) -> vec4<u32> {
+fn op_bytes(w: vec2<u32>, factor: op_Factor) -> vec4<u32> {
     return vec4<u32>(op_e4m3(w.x & 0x0f0f0f0fu, factor), op_e4m3((w.x >> 4u) & 0x0f0f0f0fu, factor),
                      op_e4m3(w.y & 0x0f0f0f0fu, factor), op_e4m3((w.y >> 4u) & 0x0f0f0f0fu, factor));
-}
-
-fn op_decode_unit(raw: vec2<u32>, scale: u32, anchor: u32) -> vec4<u32> {
-    return op_sixteen(raw, op_block_factor(scale, anchor));
-}
-
-// The exact tier's.
-fn op_exact_factor(scale: u32, anchor: u32) -> f32 { return 1.0; }
-
-// What stage j takes of a block's codes.
-fn op_part(codes: vec4<u32>, j: u32, factor: op_Factor) -> vec4<u32> {
-    return op_sixteen(vec2<u32>(codes[2u * j], codes[2u * j + 1u]), factor);
 }

@@ -12,6 +12,3 @@ fn op_eight(w: u32, f: op_Factor) -> vec4<u32> {
     return vec4<u32>((h.x & 0xffffu) | (h.y << 16u), (h.z & 0xffffu) | (h.w << 16u),
                      (h.x >> 16u) | (h.y & 0xffff0000u), (h.z >> 16u) | (h.w & 0xffff0000u));
 }
-
-// What stage j takes of a block's codes.
-fn op_part(codes: vec4<u32>, j: u32, f: op_Factor) -> vec4<u32> { return op_eight(codes[j], f); }

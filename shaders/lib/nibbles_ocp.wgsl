@@ -14,6 +14,3 @@ fn op_eight(w: u32, f: op_Factor) -> vec4<u32> {
     return vec4<u32>(op_scaled(e2m1_pair(words, 0u), f), op_scaled(e2m1_pair(words, OP_NEXT), f),
                      op_scaled(e2m1_pair(words, 2u * OP_NEXT), f), op_scaled(e2m1_pair(words, 3u * OP_NEXT), f));
 }
-
-// What stage j takes of a block's codes.
-fn op_part(codes: vec4<u32>, j: u32, f: op_Factor) -> vec4<u32> { return op_eight(codes[j], f); }

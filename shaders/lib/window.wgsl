@@ -1,5 +1,5 @@
 // Which of two kernels takes a tile: the one in bytes if all its lines lie within the window, the one in f16 (OUTSIDE) if not.
-// windows: a word for each anchor of A, then of B, not zero if a block lies outside. See shaders/window.wgsl.
+// windows: a word for each anchor of A, then of B, not zero if a block lies outside. See shaders/bytes_pack.wgsl.
 
 var<workgroup> wg_outside: atomic<u32>;
 var<workgroup> wg_takes: u32;

@@ -34,6 +34,8 @@ pub(crate) struct Gpu {
     pub(crate) matrices: Vec<[u32; 3]>,
     /// Whether the device was opened with cooperative matrices of 16×16×16, bf16 to f32.
     pub(crate) bf16_matrices: bool,
+    /// The multiply-adds from which on bytes are used, if not as estimated.
+    pub(crate) bytes_from: Option<u64>,
     /// The cooperative matrices of bytes that the device was opened with.
     pub(crate) byte_matrices: Option<ByteMatrices>,
     /// Whether the device was opened with conversions of E2M1 to f16 (VK_EXT_shader_ocp_microscaling_types).
@@ -52,7 +54,7 @@ pub(crate) struct Gpu {
     /// Tiles that were measured.
     pub(crate) tuning: RwLock<Table>,
     pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
-    scratch: Mutex<[Option<wgpu::Buffer>; 2]>,
+    scratch: Mutex<[Option<wgpu::Buffer>; 4]>,
     /// Whether what they gave at their first use was right.
     pub(crate) bytes_tested: std::sync::OnceLock<std::result::Result<(), String>>,
     lost: Arc<Mutex<Option<String>>>,
@@ -63,6 +65,8 @@ pub(crate) struct Gpu {
 pub(crate) enum Scratch {
     Sums,
     Windows,
+    BytesA,
+    BytesB,
 }
 
 #[derive(Debug)]
@@ -108,6 +112,7 @@ impl Gpu {
             max_binding,
             emulate_tensor,
             emulate_bytes: None,
+            bytes_from: None,
             matrices,
             bf16_matrices: false,
             byte_matrices: None,

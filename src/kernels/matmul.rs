@@ -24,7 +24,7 @@
 //! codes and fa, fb its scales relative to the anchors, `acc += f32(s) · (fa · fb)` in ascending order; the products are exact,
 //! and each sum is rounded to nearest. A block whose scale is below 2⁻¹⁰⁷ of its line's largest counts as zero.
 //! Shaders: `shaders/matmul.wgsl` (tiles), `shaders/matmul_skinny.wgsl` (few rows), `shaders/matmul_tensor.wgsl`,
-//! `shaders/matmul_join.wgsl` (slices of k), `shaders/anchors.wgsl`, `shaders/window.wgsl` (bytes).
+//! `shaders/matmul_join.wgsl` (slices of k), `shaders/anchors.wgsl`, `shaders/bytes_pack.wgsl`.
 
 mod bytes;
 mod cpu;

@@ -8,16 +8,21 @@
 //! A block may lie so many powers of two below its line's anchor. (E4M3 would have three more in subnormals, but
 //! VK_EXT_shader_float8 lets a device flush these in products, issue 1 of its appendix.) A tile of outputs is computed in bytes if
 //! no line of it has a block outside the window that is not zero, and else by the same kernel in f16: two dispatches, each of
-//! which leaves the other's tiles (`shaders/lib/window.wgsl`), after one that looks for such blocks (`shaders/window.wgsl`).
+//! which leaves the other's tiles (`shaders/lib/window.wgsl`).
+//!
+//! Operands are packed before (`shaders/bytes_pack.wgsl`), which also looks for such blocks: decoding codes in every tile anew
+//! takes longer than the product itself, measured on an H100, and packing reads and writes each element once. So a product needs
+//! (m + n) · k bytes besides its operands, k in whole 128, which all products of a context share.
 //!
 //! Sums are multiplied by the factors' inverse, exactly, before anything else is done with them: what the two kernels give differs
 //! only by what their cooperative matrices make of the same terms. I8's make the exact sum of it, rounded to f32 once. Vulkan
 //! does not say how many bits a matrix product in FP8 keeps of its sums; so either's must pass a test before they are used
 //! ([`tested`]).
 
+use super::gpu::operand_constants;
 use super::tier::SKINNY;
 use super::{Input, Matmul, MatmulDesc, Operand, Tier, Values};
-use crate::engine::buffer::{DType, DeviceMxTensor, STATE_WORDS};
+use crate::engine::buffer::{DType, STATE_WORDS};
 use crate::engine::gpu::{Gpu, Scratch};
 use crate::engine::shader::{Binding, E4M3_FRAGMENTS, I8_FRAGMENTS, Kernel, Source, shader};
 use crate::engine::{Context, Engine, Stream};
@@ -140,6 +145,24 @@ pub(super) fn choose(
     if desc.m <= SKINNY {
         return Err(Some(format!("m = {} is bound by memory", desc.m)));
     }
+    let [a_stack, b_stack, y_stack] = desc.stacks();
+    let stacked = [(desc.a, a_stack), (desc.b, b_stack)];
+    if stacked.iter().any(|(operand, stack)| operand.transposed && *stack > 1) {
+        return Err(Some("matrices of a stack are contracted over their lines".into()));
+    }
+    let lines = [desc.m * a_stack, desc.n * b_stack];
+    let most = lines[0].max(lines[1]);
+    if packed_bytes([most, desc.k]) as u64 > gpu.max_binding {
+        return Err(Some(format!("{most} lines of k = {} as bytes pass a binding", desc.k)));
+    }
+    let outputs = desc.m * desc.n * y_stack;
+    let worth = match gpu.bytes_from {
+        Some(from) => outputs as u64 * desc.k as u64 >= from,
+        None => way.emulated || pays(outputs, lines[0] + lines[1], desc.k),
+    };
+    if !worth {
+        return Err(Some("packing would take longer than it saves".into()));
+    }
     let longest = way.matrices.byte.longest();
     if desc.k > longest {
         return Err(Some(format!("sums of k = {} may overflow, from {longest} on", desc.k)));
@@ -147,80 +170,119 @@ pub(super) fn choose(
     tested(ctx, gpu, way).map(|()| way).map_err(Some)
 }
 
-// ---- Which lines ---------------------------------------------------------------------------------------------------
+/// Whether so many outputs are worth the packing of so many lines. On an H100 a product in bytes saves a third of the time of one
+/// in f16, and packing takes as long as 280 multiply-adds an element, and two dispatches more.
+fn pays(outputs: usize, lines: usize, k: usize) -> bool {
+    let (outputs, lines, k) = (outputs as f64, lines as f64, k as f64);
+    outputs * k > 280.0 * lines * k + 3e9
+}
 
-/// Records the search for blocks outside the window: a word for every anchor of A and then of B, and where B's start.
-pub(super) fn windows(
+// ---- Packing -------------------------------------------------------------------------------------------------------
+
+/// Operands as bytes, a row an output, and a word for every anchor of A and then of B: whether a block is outside the window.
+pub(super) struct Packed {
+    pub(super) bytes: [wgpu::Buffer; 2],
+    pub(super) windows: wgpu::Buffer,
+    /// Where B's windows start.
+    pub(super) first: usize,
+}
+
+impl Packed {
+    /// What a kernel in bytes is bound to instead of `buffers`: codes, scales and state of A, then of B, and others.
+    pub(super) fn instead<'a>(&'a self, buffers: &[&'a wgpu::Buffer]) -> Vec<&'a wgpu::Buffer> {
+        let mut buffers = buffers.to_vec();
+        (buffers[0], buffers[3]) = (&self.bytes[0], &self.bytes[1]);
+        buffers
+    }
+}
+
+/// Output indices and positions of an operand.
+fn size(layout: &Layout, transposed: bool) -> [usize; 2] {
+    match transposed {
+        false => [layout.lines(), layout.line_len()],
+        true => [layout.line_len(), layout.lines()],
+    }
+}
+
+/// Bytes of a packed operand: whole chunks of 128 positions.
+fn packed_bytes([outputs, k]: [usize; 2]) -> usize {
+    outputs * k.next_multiple_of(128)
+}
+
+/// Records the packing of both operands.
+pub(super) fn pack(
     stream: &mut Stream<'_>,
     gpu: &Gpu,
     desc: &MatmulDesc,
     byte: Byte,
     a: Input<'_>,
     b: Input<'_>,
-) -> Result<(wgpu::Buffer, usize)> {
-    let sides: Vec<(&DeviceMxTensor, bool)> = [(a, desc.a), (b, desc.b)]
-        .into_iter()
-        .filter_map(|(x, operand)| match x {
-            Input::Mx(x) => Some((x, operand.transposed)),
-            Input::Dense(_) => None,
-        })
-        .collect();
-    let anchors = |(x, across): &(&DeviceMxTensor, bool)| match across {
+) -> Result<Option<Packed>> {
+    let (Input::Mx(a), Input::Mx(b)) = (a, b) else { return Ok(None) };
+    let sides = [(a, desc.a.transposed), (b, desc.b.transposed)];
+    let anchors = sides.map(|(x, across)| match across {
         true => x.layout.blocks(),
         false => x.layout.scale_rows(),
-    };
-    let total: usize = sides.iter().map(anchors).sum();
-    let windows = gpu.scratch(Scratch::Windows, (total * 4) as u64)?;
+    });
+    let windows = gpu.scratch(Scratch::Windows, ((anchors[0] + anchors[1]) * 4) as u64)?;
     stream.clear(&windows);
-    let mut first = 0;
-    let mut starts = Vec::new();
-    for side in &sides {
-        let (x, across) = side;
-        starts.push(first);
+    let mut bytes = Vec::new();
+    for (i, (x, across)) in sides.into_iter().enumerate() {
         let layout = x.layout;
-        let (rows, blocks) = (layout.scale_rows(), layout.blocks());
+        let [outputs, k] = size(&layout, across);
+        let what = [Scratch::BytesA, Scratch::BytesB][i];
+        let packed = gpu.scratch(what, packed_bytes([outputs, k]) as u64)?;
+        let units = k.next_multiple_of(128) / 16;
         let params = [
-            rows,
-            blocks,
-            layout.lines(),
+            outputs,
+            units,
+            k,
+            i * anchors[0],
             layout.line_bytes() / 4,
-            STATE_WORDS + if *across { rows } else { 0 },
-            first,
+            layout.blocks(),
+            STATE_WORDS + if across { layout.scale_rows() } else { 0 },
         ]
         .map(|p| p as u32);
         let mut buffers: Vec<_> = x.codes.chunks().take(1).map(|chunk| chunk.buffer).collect();
         buffers.extend(x.scales.chunks().take(1).map(|chunk| chunk.buffer));
         buffers.extend(x.state.chunks().take(1).map(|chunk| chunk.buffer));
-        buffers.push(&windows);
-        let groups = (rows * blocks).div_ceil(WORKGROUP as usize) as u64;
-        let spec = layout.spec;
+        buffers.extend([&windows, &packed]);
+        let operand = Operand { values: Values::Mx(layout.spec), transposed: across };
         stream.dispatch(
-            &name(byte, spec, *across),
-            || kernel(byte, spec, *across),
+            &name(byte, layout.spec, across),
+            || kernel(byte, operand),
             &params,
             &buffers,
-            groups,
+            (outputs * units).div_ceil(WORKGROUP as usize) as u64,
         )?;
-        first += anchors(side);
+        bytes.push(packed);
     }
-    Ok((windows, starts.last().copied().unwrap_or(0)))
+    let Ok(bytes) = <[wgpu::Buffer; 2]>::try_from(bytes) else { return Ok(None) };
+    Ok(Some(Packed { bytes, windows, first: anchors[0] }))
 }
 
 fn name(byte: Byte, spec: MxSpec, across: bool) -> String {
     let columns = if across { ".columns" } else { "" };
-    format!("window{}.{}{columns}", byte.window(), format_name(spec))
+    format!("bytes-pack.{byte}.{}{columns}", format_name(spec)).to_lowercase()
 }
 
-fn kernel(byte: Byte, spec: MxSpec, across: bool) -> Kernel {
-    let source = Source::new()
-        .constant("WG", WORKGROUP)
-        .constant("BYTES_WINDOW", byte.window())
-        .constant("LINES", spec.block.lines() as u32)
-        .constant("WORDS", spec.block.len() as u32 / 8)
-        .flag("COLUMNS", across)
-        .fragment(shader!("window.wgsl"));
-    let bindings = [Binding::Read, Binding::Read, Binding::Read, Binding::Write];
-    Kernel::portable(name(byte, spec, across), source, &bindings)
+fn kernel(byte: Byte, operand: Operand) -> Kernel {
+    let Operand { values: Values::Mx(spec), transposed } = operand else { unreachable!() };
+    let source = Source::new().constant("WG", WORKGROUP);
+    let source = operand_constants(constants(source, byte), 'a', operand)
+        .fragment(shader!("lib/float.wgsl"))
+        .operand('a', shader!("lib/operand.wgsl"))
+        .operand('a', shader!("lib/operand_codes.wgsl"))
+        .operand(
+            'a',
+            match byte {
+                Byte::E4m3 => shader!("lib/nibbles_e4m3.wgsl"),
+                Byte::I8 => shader!("lib/nibbles_i8.wgsl"),
+            },
+        )
+        .fragment(shader!("bytes_pack.wgsl"));
+    let bindings = [Binding::Read, Binding::Read, Binding::Read, Binding::Write, Binding::Write];
+    Kernel::portable(name(byte, spec, transposed), source, &bindings)
 }
 
 /// Every variant of this file's kernel.
@@ -228,10 +290,10 @@ pub(super) fn kernels() -> Vec<Kernel> {
     crate::formats::Block::ALL
         .into_iter()
         .flat_map(|block| {
-            let spec = MXFP4.with_block(block);
+            let values = Values::Mx(MXFP4.with_block(block));
             let across: &[bool] = if block.lines() > 1 { &[false, true] } else { &[false] };
             let both = across.iter().flat_map(|across| Byte::ALL.map(|byte| (byte, *across)));
-            both.map(move |(byte, across)| kernel(byte, spec, across))
+            both.map(move |(byte, transposed)| kernel(byte, Operand { values, transposed }))
         })
         .collect()
 }

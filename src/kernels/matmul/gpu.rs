@@ -164,12 +164,11 @@ pub(super) fn record(
     for data in extras.bias.map(|t| &t.data).into_iter().chain(extras.groups.map(|g| &g.data)) {
         more.extend(data.chunks().map(|chunk| chunk.buffer));
     }
-    let windows = match variants[0].bytes() {
-        Some((byte, ..)) => Some(bytes::windows(stream, gpu, desc, byte, a, b)?),
+    let packed = match variants[0].bytes() {
+        Some((byte, ..)) => bytes::pack(stream, gpu, desc, byte, a, b)?,
         None => None,
     };
-    let b_windows = windows.as_ref().map_or(0, |(_, first)| *first);
-    more.extend(windows.as_ref().map(|(buffer, _)| buffer));
+    more.extend(packed.as_ref().map(|packed| &packed.windows));
     let whole = bound_at_once;
     if !whole && desc.experts.is_some() {
         return Err(Error::TooLarge {
@@ -181,8 +180,7 @@ pub(super) fn record(
         });
     }
     if let (Some(slice), [yp]) = (slice, &ys[..]) {
-        let windows = windows.as_ref().map(|(buffer, first)| (buffer, *first));
-        let products = (slice, &variants[..], windows);
+        let products = (slice, &variants[..], packed.as_ref());
         return record_sliced(matmul, stream, gpu, products, &sides, &yp.buffers, extras);
     }
     // All batches in one dispatch where everything can be bound at once, one at a time else.
@@ -227,7 +225,7 @@ pub(super) fn record(
                         y_blocks,
                         slice: 0,
                         sums: 0,
-                        windows: b_windows,
+                        windows: packed.as_ref().map_or(0, |packed| packed.first),
                     };
                     let (params, groups) = place.params(desc, tier, shape, &sides, extras);
                     let mut buffers = ap.buffers.clone();
@@ -235,8 +233,7 @@ pub(super) fn record(
                     buffers.extend(&yp.buffers);
                     buffers.extend(&more);
                     for variant in &variants {
-                        let name = variant.name();
-                        stream.dispatch(&name, || variant.kernel(), &params, &buffers, groups)?;
+                        variant.dispatch(stream, packed.as_ref(), &params, &buffers, groups)?;
                     }
                 }
             }
@@ -258,7 +255,7 @@ fn record_sliced(
     matmul: &Matmul,
     stream: &mut Stream<'_>,
     gpu: &Gpu,
-    (slice, products, windows): (usize, &[Variant], Option<(&wgpu::Buffer, usize)>),
+    (slice, products, packed): (usize, &[Variant], Option<&bytes::Packed>),
     sides: &[Side<'_>; 2],
     y: &[&wgpu::Buffer],
     extras: Extras<'_>,
@@ -280,15 +277,15 @@ fn record_sliced(
         y_blocks: 0,
         slice,
         sums: pitch / 4,
-        windows: windows.map_or(0, |(_, first)| first),
+        windows: packed.map_or(0, |packed| packed.first),
     };
     let inputs: Vec<_> = sides.iter().flat_map(|side| &side.pieces).map(|p| &p.buffers).collect();
     let (params, groups) = place.params(desc, matmul.tier, products[0].shape, sides, extras);
     let mut buffers: Vec<_> = inputs.iter().flat_map(|b| b.iter().copied()).collect();
     buffers.push(&sums);
-    buffers.extend(windows.map(|(buffer, _)| buffer));
+    buffers.extend(packed.map(|packed| &packed.windows));
     for product in products {
-        stream.dispatch(&product.name(), || product.kernel(), &params, &buffers, groups)?;
+        product.dispatch(stream, packed, &params, &buffers, groups)?;
     }
 
     let join = Variant::join(desc);
@@ -561,7 +558,8 @@ impl Variant {
         let bytes::ByteMatrices { byte, k } = way.matrices;
         let by = Fragments::Bytes { byte, k, emulated };
         let shape = Shape::Tensor { subgroups, fragments, slices, side: 16, by };
-        let mut list = vec![Variant { shape, ..*self }];
+        // However it is read: it is packed first.
+        let mut list = vec![Variant { shape, load: [Load::Vectors; 2], ..*self }];
         if !way.alone {
             list.push(Variant { outside: true, ..*self });
         }
@@ -613,6 +611,22 @@ impl Variant {
     /// Whether it leaves tiles to another.
     fn is_windowed(&self) -> bool {
         self.outside || self.bytes().is_some()
+    }
+
+    /// Records it, with what it was packed to if it is in bytes.
+    fn dispatch(
+        &self,
+        stream: &mut Stream<'_>,
+        packed: Option<&bytes::Packed>,
+        params: &[u32],
+        buffers: &[&wgpu::Buffer],
+        groups: u64,
+    ) -> Result<()> {
+        let instead = match (packed, self.bytes()) {
+            (Some(packed), Some(_)) => packed.instead(buffers),
+            _ => buffers.to_vec(),
+        };
+        stream.dispatch(&self.name(), || self.kernel(), params, &instead, groups)
     }
 
     fn name(&self) -> String {
@@ -895,14 +909,6 @@ impl Variant {
         }
         for (name, operand, load) in [('a', self.a, self.load[0]), ('b', self.b, self.load[1])] {
             let words = load == Load::Words;
-            let nibbles = match bytes {
-                Some((Byte::E4m3, ..)) => shader!("lib/nibbles_e4m3.wgsl"),
-                Some((Byte::I8, ..)) => shader!("lib/nibbles_i8.wgsl"),
-                None => match self.ocp() {
-                    Some(_) => shader!("lib/nibbles_ocp.wgsl"),
-                    None => shader!("lib/nibbles_f16.wgsl"),
-                },
-            };
             let fragments: &[&str] = match (operand.values, tensor, self.tier) {
                 (Values::Dense(_), ..) if join => &[shader!("lib/operand_dense.wgsl")],
                 (Values::Mx(_), ..) if join => &[shader!("lib/operand.wgsl")],
@@ -920,19 +926,9 @@ impl Variant {
                 (Values::Dense(_), false, _) => {
                     &[shader!("lib/operand_dense.wgsl"), shader!("lib/dense_words.wgsl")]
                 }
-                (Values::Mx(_), true, _) if words && bytes.is_some() => &[
-                    shader!("lib/operand.wgsl"),
-                    shader!("lib/operand_codes.wgsl"),
-                    nibbles,
-                    shader!("lib/loader_open.wgsl"),
-                    shader!("lib/loader_eight.wgsl"),
-                ],
-                (Values::Mx(_), true, _) if bytes.is_some() => &[
-                    shader!("lib/operand.wgsl"),
-                    nibbles,
-                    shader!("lib/loader_open.wgsl"),
-                    shader!("lib/loader_nibbles.wgsl"),
-                ],
+                (Values::Mx(_), true, _) if bytes.is_some() => {
+                    &[shader!("lib/operand.wgsl"), shader!("lib/loader_packed.wgsl")]
+                }
                 (Values::Mx(_), true, _) if words => &[
                     shader!("lib/operand.wgsl"),
                     shader!("lib/operand_codes.wgsl"),
@@ -953,7 +949,10 @@ impl Variant {
                 (Values::Mx(_), true, _) => &[
                     shader!("lib/operand.wgsl"),
                     shader!("lib/operand_halves.wgsl"),
-                    nibbles,
+                    match self.ocp() {
+                        Some(_) => shader!("lib/nibbles_ocp.wgsl"),
+                        None => shader!("lib/nibbles_f16.wgsl"),
+                    },
                     shader!("lib/loader_open.wgsl"),
                     shader!("lib/loader_nibbles.wgsl"),
                 ],
