@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use microscaling::kernels::peak::Unit;
-use microscaling::{Context, DeviceChoice, Options, Tier, report};
+use microscaling::{Context, DeviceChoice, Matmul, Options, Tier, report};
 use serde_json::{Value, json};
 
 use cases::{Case, Scale};
@@ -241,7 +241,7 @@ fn bench(args: &Args) -> Result<Value> {
         "probe": probe,
         "peaks": peaks.json(),
         "verification": measure::verification(),
-        "cases": measured.iter().map(|m| m.json(&ctx)).collect::<Vec<_>>(),
+        "cases": measured.iter().map(|m| m.json()).collect::<Vec<_>>(),
         "lacking": list(&lacking),
         "left_out": list(&left_out),
         "seconds": start.elapsed().as_secs_f64(),
@@ -289,9 +289,10 @@ fn gigabytes(rate: f64) -> String {
     format!("{:.1} GB/s", rate / 1e9)
 }
 
-/// The unit that a tier's arithmetic runs on.
-fn unit(tier: Tier) -> Unit {
-    match tier {
+/// The unit that a product's arithmetic runs on.
+fn unit(matmul: &Matmul) -> Unit {
+    match matmul.tier() {
+        Tier::Tensor if matmul.bytes().is_some() => Unit::Bytes,
         Tier::Exact => Unit::Dot,
         Tier::Tensor => Unit::Matrix,
         _ => Unit::Fma,

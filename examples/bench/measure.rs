@@ -134,9 +134,9 @@ impl Peaks {
         Ok(Peaks { copy, units })
     }
 
-    /// Operations a second of a tier's unit.
-    pub fn of(&self, tier: Tier) -> Option<f64> {
-        let at = Unit::ALL.iter().position(|u| *u == unit(tier))?;
+    /// Operations a second of a unit.
+    pub fn of(&self, unit: Unit) -> Option<f64> {
+        let at = Unit::ALL.iter().position(|u| *u == unit)?;
         self.units[at].as_ref().ok().copied()
     }
 
@@ -368,9 +368,13 @@ pub struct Measured {
     pub samples: usize,
     pub flops: f64,
     pub bytes: usize,
-    /// Of the tier's peak.
+    /// What its arithmetic runs on.
+    pub unit: Unit,
+    /// Of the unit's peak.
     pub share: Option<f64>,
     pub bound: String,
+    /// Bytes of memory besides operands and y.
+    pub extra: usize,
     /// The largest error of the sampled outputs, as a part of what it may be.
     pub error_of_bound: f64,
 }
@@ -409,7 +413,8 @@ fn try_run(ctx: &Context, scale: &Scale, case: &Case, peaks: &Peaks) -> Result<M
     let error_of_bound = verify(ctx, case, tier, &operands, &sets[0])?;
 
     let flops = case.desc().flops();
-    let peak = peaks.of(tier);
+    let unit = unit(&matmul);
+    let peak = peaks.of(unit);
     let share = peak.map(|peak| flops / seconds / peak);
     Ok(Measured {
         case: case.clone(),
@@ -419,8 +424,10 @@ fn try_run(ctx: &Context, scale: &Scale, case: &Case, peaks: &Peaks) -> Result<M
         samples,
         flops,
         bytes,
+        unit,
         share,
-        bound: bound(bytes as f64 / peaks.copy / seconds, share, unit(tier)),
+        bound: bound(bytes as f64 / peaks.copy / seconds, share, unit),
+        extra: extra_memory(ctx, case, &matmul),
         error_of_bound,
     })
 }
@@ -438,7 +445,7 @@ fn bound(memory: f64, arithmetic: Option<f64>, unit: Unit) -> String {
 }
 
 impl Measured {
-    pub fn json(&self, ctx: &Context) -> Value {
+    pub fn json(&self) -> Value {
         let case = &self.case;
         json!({
             "name": case.to_string(),
@@ -460,16 +467,17 @@ impl Measured {
             "bound": self.bound,
             "verified": true,
             "error_of_bound": self.error_of_bound,
-            "extra_memory_bytes": extra_memory(ctx, case),
+            "unit": self.unit.name(),
+            "extra_memory_bytes": self.extra,
         })
     }
 }
 
-/// Memory that a product takes besides its operands and y. None on a GPU: tiles live in registers and workgroup memory. The
-/// CPU engine's sums, and its threads' panels (src/kernels/matmul/cpu.rs).
-fn extra_memory(ctx: &Context, case: &Case) -> usize {
+/// Memory that a product takes besides its operands and y. On a GPU tiles live in registers and workgroup memory. The CPU
+/// engine's sums, and its threads' panels (src/kernels/matmul/cpu.rs).
+fn extra_memory(ctx: &Context, case: &Case, matmul: &Matmul) -> usize {
     match ctx.wgpu() {
-        Some(_) => 0,
+        Some(_) => matmul.shared_memory(),
         None => {
             let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
             4 * case.m * case.n + threads * 640 * 1024

@@ -347,8 +347,14 @@ fn integer_sums(
     fresh: &mut impl FnMut() -> u32,
 ) -> Result<(), String> {
     let is_i32 = |(op, a): &Instruction| *op == OP_TYPE_INT && a[1] == 32 && a[2] == 1;
-    let i32_type =
-        instructions.iter().find(|i| is_i32(i)).map(|i| i.1[0]).ok_or("no i32 in the module")?;
+    let i32_type = match instructions.iter().find(|i| is_i32(i)) {
+        Some((_, a)) => a[0],
+        None => {
+            let id = fresh();
+            instructions.push((OP_TYPE_INT, vec![id, 32, 1]));
+            id
+        }
+    };
     let is_sum = |(op, a): &Instruction| {
         *op == OP_TYPE_COOPERATIVE_MATRIX && constants.get(&a[5]) == Some(&2)
     };

@@ -459,6 +459,14 @@ impl Matmul {
         self.slice.map_or(1, |slice| self.desc.k.div_ceil(slice))
     }
 
+    /// Bytes of memory that a product takes on a GPU besides its operands and y; all products of a context share them. Operands as
+    /// bytes ([`Matmul::bytes`]), and sums of slices ([`Matmul::slices`]).
+    pub fn shared_memory(&self) -> usize {
+        let MatmulDesc { m, n, .. } = self.desc;
+        let sums = self.slice.map_or(0, |_| self.slices() * m * n.next_multiple_of(4) * 4);
+        sums + self.bytes.map_or(0, |_| bytes::memory(&self.desc))
+    }
+
     /// What tiles whose lines allow it are computed in instead of f16: see [`Tier::Tensor`].
     pub fn bytes(&self) -> Option<Byte> {
         self.bytes.map(|way| way.matrices.byte)

@@ -12,6 +12,7 @@ use crate::engine::{Context, Engine, Stream, cpu_threads};
 use crate::{Error, Result};
 
 use super::WORKGROUP;
+use super::matmul::{Byte, ByteMatrices};
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,28 +23,36 @@ pub enum Unit {
     Dot,
     /// Cooperative matrices, f16 to f32.
     Matrix,
+    /// Cooperative matrices of bytes, E4M3 to f32 or I8 to i32.
+    Bytes,
 }
 
 impl Unit {
-    /// All three.
-    pub const ALL: [Unit; 3] = [Unit::Fma, Unit::Dot, Unit::Matrix];
+    /// All of them.
+    pub const ALL: [Unit; 4] = [Unit::Fma, Unit::Dot, Unit::Matrix, Unit::Bytes];
 
-    /// `f32 fma`, `packed dot`, `cooperative matrix`.
+    /// `f32 fma`, `packed dot`, `cooperative matrix`, `cooperative matrix of bytes`.
     pub const fn name(self) -> &'static str {
         match self {
             Unit::Fma => "f32 fma",
             Unit::Dot => "packed dot",
             Unit::Matrix => "cooperative matrix",
+            Unit::Bytes => "cooperative matrix of bytes",
         }
     }
 
     /// Words of x.
-    fn inputs(self, side: u32) -> usize {
+    fn inputs(self, [side, _, k]: [u32; 3]) -> usize {
         match self {
             Unit::Fma => 512,
             Unit::Dot => 256,
-            Unit::Matrix => 8 * (side * side) as usize,
+            Unit::Matrix => 8 * (side * k) as usize,
+            Unit::Bytes => 8 * (side * k / 4) as usize,
         }
+    }
+
+    fn is_matrix(self) -> bool {
+        matches!(self, Unit::Matrix | Unit::Bytes)
     }
 }
 
@@ -64,8 +73,9 @@ const SOFTWARE_GROUPS: usize = 16;
 #[derive(Debug)]
 pub struct Peak {
     unit: Unit,
-    /// Of a fragment; 0 without.
-    side: u32,
+    /// Of a product of fragments: rows, columns, what is contracted; zeros without.
+    fragment: [u32; 3],
+    byte: Option<Byte>,
     groups: usize,
     inputs: Vec<u32>,
     x: Tensor,
@@ -75,20 +85,24 @@ pub struct Peak {
 impl Peak {
     /// Allocates the operands. An error if the device lacks the unit.
     pub fn new(ctx: &Context, unit: Unit) -> Result<Peak> {
-        let (side, groups) = match ctx.engine() {
-            Engine::Cpu if unit == Unit::Matrix => {
+        let (fragment, byte, groups) = match ctx.engine() {
+            Engine::Cpu if unit.is_matrix() => {
                 return Err(lacks("cooperative matrices", "the context is the CPU engine".into()));
             }
-            Engine::Cpu => (0, CPU_TASKS * cpu_threads()),
+            Engine::Cpu => ([0; 3], None, CPU_TASKS * cpu_threads()),
             Engine::Gpu(gpu) => {
-                let side = if unit == Unit::Matrix { side(gpu)? } else { 0 };
-                (side, if gpu.caps.software { SOFTWARE_GROUPS } else { GROUPS })
+                let (fragment, byte) = match unit {
+                    Unit::Matrix => ([side(gpu)?; 3], None),
+                    Unit::Bytes => bytes(gpu)?,
+                    _ => ([0; 3], None),
+                };
+                (fragment, byte, if gpu.caps.software { SOFTWARE_GROUPS } else { GROUPS })
             }
         };
-        let inputs = inputs(unit, unit.inputs(side));
+        let inputs = inputs(unit, byte, unit.inputs(fragment));
         let x = ctx.upload(DType::F32, 1, inputs.len(), bytemuck::cast_slice(&inputs))?;
         let y = ctx.zeros(DType::F32, groups, workgroup(unit) as usize)?;
-        Ok(Peak { unit, side, groups, inputs, x, y })
+        Ok(Peak { unit, fragment, byte, groups, inputs, x, y })
     }
 
     /// Operations that one recording does.
@@ -98,8 +112,8 @@ impl Peak {
         match self.unit {
             Unit::Fma => all * CHAINS as f64 * steps * 2.0,
             Unit::Dot => all * CHAINS as f64 * steps * 8.0,
-            Unit::Matrix => {
-                let fragment = 2.0 * f64::from(self.side).powi(3);
+            Unit::Matrix | Unit::Bytes => {
+                let fragment = 2.0 * self.fragment.map(f64::from).iter().product::<f64>();
                 all / 32.0 * CHAINS as f64 * f64::from(MATRIX_ITERATIONS) * fragment
             }
         }
@@ -107,7 +121,7 @@ impl Peak {
 
     /// The sides of a fragment, or nothing for the other units.
     pub fn fragment(&self) -> Option<[u32; 3]> {
-        (self.unit == Unit::Matrix).then_some([self.side; 3])
+        self.unit.is_matrix().then_some(self.fragment)
     }
 
     /// Records one run.
@@ -118,8 +132,8 @@ impl Peak {
             return Ok(());
         }
         stream.dispatch(
-            &name(self.unit, self.side),
-            || kernel(self.unit, self.side),
+            &name(self.unit, self.byte, self.fragment),
+            || kernel(self.unit, self.byte, self.fragment),
             &[SEED],
             &[&self.x.buffers()[0], &self.y.buffers()[0]],
             self.groups as u64,
@@ -136,9 +150,10 @@ impl Peak {
                 self.unit.name()
             )))
         };
-        if self.unit == Unit::Matrix {
+        if self.unit.is_matrix() {
             // Where a fragment's elements lie is the device's affair, but not their sum.
-            let want = matrix_sum(&self.inputs, self.side) + 32.0 * f64::from(SEED);
+            let values = values(&self.inputs, self.byte);
+            let want = matrix_sum(&values, self.fragment) + 32.0 * f64::from(SEED);
             for (i, subgroup) in got.chunks(32).enumerate() {
                 let got: f64 = subgroup.iter().map(|bits| f64::from(f32::from_bits(*bits))).sum();
                 if got != want {
@@ -196,8 +211,22 @@ fn side(gpu: &crate::engine::gpu::Gpu) -> Result<u32> {
     })
 }
 
+/// The fragments of bytes that the device multiplies.
+fn bytes(gpu: &crate::engine::gpu::Gpu) -> Result<([u32; 3], Option<Byte>)> {
+    match gpu.byte_matrices {
+        Some(ByteMatrices { byte, k }) if side(gpu)? == 16 => Ok(([16, 16, k], Some(byte))),
+        _ => Err(lacks(
+            "cooperative matrices of 16x16, E4M3 or I8",
+            "the driver lists none, or the device was opened without".into(),
+        )),
+    }
+}
+
 fn features(unit: Unit) -> wgpu::Features {
     match unit {
+        Unit::Bytes => {
+            wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::PASSTHROUGH_SHADERS
+        }
         Unit::Matrix => {
             wgpu::Features::SHADER_F16 | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX
         }
@@ -206,13 +235,13 @@ fn features(unit: Unit) -> wgpu::Features {
 }
 
 fn workgroup(unit: Unit) -> u32 {
-    if unit == Unit::Matrix { MATRIX_WORKGROUP } else { WORKGROUP }
+    if unit.is_matrix() { MATRIX_WORKGROUP } else { WORKGROUP }
 }
 
 // ---- What comes out ------------------------------------------------------------------------------------------------
 
 /// The words of x, as random as small integers are.
-fn inputs(unit: Unit, count: usize) -> Vec<u32> {
+fn inputs(unit: Unit, byte: Option<Byte>, count: usize) -> Vec<u32> {
     let mut state = 0x9e37_79b9u32;
     let mut next = || {
         state ^= state << 13;
@@ -227,9 +256,30 @@ fn inputs(unit: Unit, count: usize) -> Vec<u32> {
             Unit::Fma => ((random >> 24) as f32 - 128.0).to_bits(),
             Unit::Dot => random,
             Unit::Matrix => (((random >> 16) % 5) as f32 - 2.0).to_bits(),
+            // Zeros and ones, of which the last keeps the word from being a subnormal f32.
+            Unit::Bytes => (0x0100_0000 | random & 0x0001_0101) * one(byte),
         }
     });
     words.collect()
+}
+
+/// One, as a byte.
+fn one(byte: Option<Byte>) -> u32 {
+    match byte {
+        Some(Byte::E4m3) => 0x38,
+        _ => 1,
+    }
+}
+
+/// The elements of fragments.
+fn values(inputs: &[u32], byte: Option<Byte>) -> Vec<f64> {
+    match byte {
+        None => inputs.iter().map(|bits| f64::from(f32::from_bits(*bits))).collect(),
+        Some(_) => {
+            let bytes = inputs.iter().flat_map(|word| word.to_le_bytes());
+            bytes.map(|value| f64::from(u8::from(value != 0))).collect()
+        }
+    }
 }
 
 /// What an invocation of [`Unit::Fma`] or [`Unit::Dot`] writes.
@@ -255,14 +305,12 @@ fn expected(unit: Unit, inputs: &[u32], lane: usize) -> u32 {
 }
 
 /// The sum of all fragments of a subgroup: of A · Bᵀ the sum over k of the sums of A's and of B's columns.
-fn matrix_sum(inputs: &[u32], side: u32) -> f64 {
-    let side = side as usize;
+fn matrix_sum(values: &[f64], [side, _, long]: [u32; 3]) -> f64 {
+    let (side, long) = (side as usize, long as usize);
     let column = |which: usize, k: usize| -> f64 {
-        (0..4 * side)
-            .map(|row| f64::from(f32::from_bits(inputs[(which * 4 * side + row) * side + k])))
-            .sum()
+        (0..4 * side).map(|row| values[(which * 4 * side + row) * long + k]).sum()
     };
-    let sum: f64 = (0..side).map(|k| column(0, k) * column(1, k)).sum();
+    let sum: f64 = (0..long).map(|k| column(0, k) * column(1, k)).sum();
     sum * f64::from(MATRIX_ITERATIONS)
 }
 
@@ -420,51 +468,66 @@ fn cpu_expected(unit: Unit, inputs: &[u32]) -> Vec<u32> {
 
 // ---- The shaders ---------------------------------------------------------------------------------------------------
 
-fn name(unit: Unit, side: u32) -> String {
+fn name(unit: Unit, byte: Option<Byte>, [side, _, k]: [u32; 3]) -> String {
     match unit {
         Unit::Fma => "peak.fma".into(),
         Unit::Dot => "peak.dot".into(),
         Unit::Matrix => format!("peak.matrix{side}"),
+        Unit::Bytes => {
+            let byte = byte.map_or(String::new(), |byte| byte.to_string().to_lowercase());
+            format!("peak.bytes.{byte}k{k}")
+        }
     }
 }
 
-fn kernel(unit: Unit, side: u32) -> Kernel {
+fn kernel(unit: Unit, byte: Option<Byte>, fragment @ [side, _, k]: [u32; 3]) -> Kernel {
     let mut source = Source::new();
-    if unit == Unit::Matrix {
-        source = source.line("enable f16;").line("enable wgpu_cooperative_matrix;");
-        for (name, scalar) in [("A", "f16"), ("B", "f16"), ("C", "f32")] {
+    if unit.is_matrix() {
+        // naga says a matrix loaded from f32 memory is of f32; src/engine/spirv.rs says otherwise.
+        let loaded = if unit == Unit::Matrix { "f16" } else { "f32" };
+        if unit == Unit::Matrix {
+            source = source.line("enable f16;");
+        }
+        source = source.line("enable wgpu_cooperative_matrix;");
+        if let Some(byte) = byte {
+            source = source.line(&format!("{}{k}", byte.fragments()));
+        }
+        source = source.line(&format!("alias Loaded = {loaded};")).line("const ONE = 1.0f;");
+        for (name, scalar) in [("A", loaded), ("B", loaded), ("C", "f32")] {
             let line = format!("alias Mat{name} = coop_mat{side}x{side}<{scalar}, {name}>;");
             source = source.line(&line);
         }
-        source = source.constant("SIDE", side);
+        let line = if unit == Unit::Matrix { k } else { k / 4 };
+        source = source.constant("SIDE", side).constant("LINE", line);
     }
-    let iterations = if unit == Unit::Matrix { MATRIX_ITERATIONS } else { ITERATIONS };
+    let iterations = if unit.is_matrix() { MATRIX_ITERATIONS } else { ITERATIONS };
     Kernel {
-        name: name(unit, side),
+        name: name(unit, byte, fragment),
         wgsl: source
             .constant("WG", workgroup(unit))
             .constant("ITERATIONS", iterations)
             .fragment(match unit {
                 Unit::Fma => shader!("peak_fma.wgsl"),
                 Unit::Dot => shader!("peak_dot.wgsl"),
-                Unit::Matrix => shader!("peak_matrix.wgsl"),
+                Unit::Matrix | Unit::Bytes => shader!("peak_matrix.wgsl"),
             })
             .build(),
         bindings: vec![Binding::Params, Binding::Read, Binding::Write],
         workgroup_size: workgroup(unit),
         features: features(unit),
-        spirv: false,
+        spirv: unit == Unit::Bytes,
     }
 }
 
 /// Every variant of this file's kernels.
 pub fn kernels() -> Vec<Kernel> {
-    vec![
-        kernel(Unit::Fma, 0),
-        kernel(Unit::Dot, 0),
-        kernel(Unit::Matrix, 16),
-        kernel(Unit::Matrix, 8),
-    ]
+    let mut list: Vec<_> =
+        [Unit::Fma, Unit::Dot].map(|unit| kernel(unit, None, [0; 3])).into_iter().collect();
+    list.extend([16, 8].map(|side| kernel(Unit::Matrix, None, [side; 3])));
+    for byte in Byte::ALL {
+        list.extend([32, 16].map(|k| kernel(Unit::Bytes, Some(byte), [16, 16, k])));
+    }
+    list
 }
 
 #[cfg(test)]
@@ -484,6 +547,8 @@ mod tests {
             *last ^= 1;
             assert!(pollster::block_on(peak.check(&ctx)).is_err(), "{unit:?}");
         }
-        assert!(matches!(Peak::new(&ctx, Unit::Matrix), Err(Error::Unsupported { .. })));
+        for unit in [Unit::Matrix, Unit::Bytes] {
+            assert!(matches!(Peak::new(&ctx, unit), Err(Error::Unsupported { .. })));
+        }
     }
 }

@@ -20,13 +20,13 @@
 //! ([`tested`]).
 
 use super::gpu::operand_constants;
-use super::tier::SKINNY;
+use super::tier::{self, SKINNY};
 use super::{Input, Matmul, MatmulDesc, Operand, Tier, Values};
 use crate::engine::buffer::{DType, STATE_WORDS};
 use crate::engine::gpu::{Gpu, Scratch};
 use crate::engine::shader::{Binding, E4M3_FRAGMENTS, I8_FRAGMENTS, Kernel, Source, shader};
 use crate::engine::{Context, Engine, Stream};
-use crate::formats::{Axis, Element, Layout, MxSpec, ScaleFormat};
+use crate::formats::{Axis, Element, Layout, ScaleFormat};
 use crate::kernels::{WORKGROUP, format_name};
 use crate::{MXFP4, MxTensor, Result};
 
@@ -41,7 +41,7 @@ pub enum Byte {
 }
 
 impl Byte {
-    pub(super) const ALL: [Byte; 2] = [Byte::E4m3, Byte::I8];
+    pub(crate) const ALL: [Byte; 2] = [Byte::E4m3, Byte::I8];
 
     /// A block may lie so many powers of two below its line's anchor.
     pub(super) fn window(self) -> u32 {
@@ -68,7 +68,7 @@ impl Byte {
     }
 
     /// The line that asks `src/engine/spirv.rs` for them.
-    pub(super) fn fragments(self) -> &'static str {
+    pub(crate) fn fragments(self) -> &'static str {
         match self {
             Byte::E4m3 => E4M3_FRAGMENTS,
             Byte::I8 => I8_FRAGMENTS,
@@ -209,6 +209,12 @@ fn packed_bytes([outputs, k]: [usize; 2]) -> usize {
     outputs * k.next_multiple_of(128)
 }
 
+/// Bytes of a product's packed operands.
+pub(super) fn memory(desc: &MatmulDesc) -> usize {
+    let [a_stack, b_stack, _] = desc.stacks();
+    packed_bytes([desc.m * a_stack + desc.n * b_stack, desc.k])
+}
+
 /// Records the packing of both operands.
 pub(super) fn pack(
     stream: &mut Stream<'_>,
@@ -232,10 +238,10 @@ pub(super) fn pack(
         let [outputs, k] = size(&layout, across);
         let what = [Scratch::BytesA, Scratch::BytesB][i];
         let packed = gpu.scratch(what, packed_bytes([outputs, k]) as u64)?;
-        let units = k.next_multiple_of(128) / 16;
+        let parts = k.next_multiple_of(128) / 32;
         let params = [
             outputs,
-            units,
+            parts,
             k,
             i * anchors[0],
             layout.line_bytes() / 4,
@@ -248,12 +254,13 @@ pub(super) fn pack(
         buffers.extend(x.state.chunks().take(1).map(|chunk| chunk.buffer));
         buffers.extend([&windows, &packed]);
         let operand = Operand { values: Values::Mx(layout.spec), transposed: across };
+        let wide = tier::wide(&operand, k);
         stream.dispatch(
-            &name(byte, layout.spec, across),
-            || kernel(byte, operand),
+            &name(byte, operand, wide),
+            || kernel(byte, operand, wide),
             &params,
             &buffers,
-            (outputs * units).div_ceil(WORKGROUP as usize) as u64,
+            (outputs * parts).div_ceil(WORKGROUP as usize) as u64,
         )?;
         bytes.push(packed);
     }
@@ -261,18 +268,28 @@ pub(super) fn pack(
     Ok(Some(Packed { bytes, windows, first: anchors[0] }))
 }
 
-fn name(byte: Byte, spec: MxSpec, across: bool) -> String {
-    let columns = if across { ".columns" } else { "" };
-    format!("bytes-pack.{byte}.{}{columns}", format_name(spec)).to_lowercase()
+fn name(byte: Byte, operand: Operand, wide: bool) -> String {
+    let columns = if operand.transposed { ".columns" } else { "" };
+    let wide = if wide { ".vectors" } else { "" };
+    match operand.values {
+        Values::Mx(spec) => format!("bytes-pack.{byte}.{}{columns}{wide}", format_name(spec)),
+        Values::Dense(dtype) => format!("bytes-pack.{byte}.{dtype}"),
+    }
+    .to_lowercase()
 }
 
-fn kernel(byte: Byte, operand: Operand) -> Kernel {
-    let Operand { values: Values::Mx(spec), transposed } = operand else { unreachable!() };
+/// `wide`: lines of whole 128, 16 bytes at a time.
+fn kernel(byte: Byte, operand: Operand, wide: bool) -> Kernel {
     let source = Source::new().constant("WG", WORKGROUP);
     let source = operand_constants(constants(source, byte), 'a', operand)
         .fragment(shader!("lib/float.wgsl"))
         .operand('a', shader!("lib/operand.wgsl"))
-        .operand('a', shader!("lib/operand_codes.wgsl"))
+        .operand('a', if wide { "" } else { shader!("lib/operand_codes.wgsl") })
+        .fragment(if wide {
+            shader!("lib/part_vectors.wgsl")
+        } else {
+            shader!("lib/part_words.wgsl")
+        })
         .operand(
             'a',
             match byte {
@@ -282,7 +299,7 @@ fn kernel(byte: Byte, operand: Operand) -> Kernel {
         )
         .fragment(shader!("bytes_pack.wgsl"));
     let bindings = [Binding::Read, Binding::Read, Binding::Read, Binding::Write, Binding::Write];
-    Kernel::portable(name(byte, spec, transposed), source, &bindings)
+    Kernel::portable(name(byte, operand, wide), source, &bindings)
 }
 
 /// Every variant of this file's kernel.
@@ -293,7 +310,12 @@ pub(super) fn kernels() -> Vec<Kernel> {
             let values = Values::Mx(MXFP4.with_block(block));
             let across: &[bool] = if block.lines() > 1 { &[false, true] } else { &[false] };
             let both = across.iter().flat_map(|across| Byte::ALL.map(|byte| (byte, *across)));
-            both.map(move |(byte, transposed)| kernel(byte, Operand { values, transposed }))
+            both.flat_map(move |(byte, transposed)| {
+                let operand = Operand { values, transposed };
+                let ways: &[bool] =
+                    if tier::wide(&operand, 128) { &[false, true] } else { &[false] };
+                ways.iter().map(move |wide| kernel(byte, operand, *wide))
+            })
         })
         .collect()
 }
