@@ -481,8 +481,8 @@ impl Matmul {
         self
     }
 
-    /// For tests: the same without bytes.
-    #[doc(hidden)]
+    /// The same in f16 alone: for operands whose lines mostly have a block outside the window of bytes, for which packing would be
+    /// in vain.
     pub fn without_bytes(mut self) -> Matmul {
         self.bytes = None;
         self

@@ -174,7 +174,7 @@ pub(super) fn choose(
 /// in f16, and packing takes as long as 280 multiply-adds an element, and two dispatches more.
 fn pays(outputs: usize, lines: usize, k: usize) -> bool {
     let (outputs, lines, k) = (outputs as f64, lines as f64, k as f64);
-    outputs * k > 280.0 * lines * k + 3e9
+    outputs * k > 280.0 * lines * k + 1e10
 }
 
 // ---- Packing -------------------------------------------------------------------------------------------------------
