@@ -311,6 +311,7 @@ fn same_bits(ctx: &Context, step: usize) -> Result<(), Failed> {
         (MXFP4.into(), MXFP4.into(), [150, 140, 256]),
         (MXFP4.into(), with(Block::Vector(128)).into(), [33, 70, 384]),
         (MXFP4.into(), MXFP4.into(), [70, 65, 200]),
+        (MXFP4.into(), square(32), [40, 65, 160]),
         (v16.into(), with(Block::Vector(64)).into(), [40, 33, 97]),
         (MXFP4.into(), square(32).transposed(), [70, 41, 100]),
         (square(16).transposed(), square(32), [17, 70, 128]),
@@ -504,12 +505,14 @@ fn grouped_and_packed(ctx: &Context, _: usize) -> Result<(), Failed> {
         (45, 1) => Some(w + 1),
         _ => near(row, block),
     };
-    let [m, n, k] = [160, 40, 128];
-    let a = operand(1, MXFP4, [m, k], outside_at);
-    let b = operand(2, MXFP4, [3 * n, k], near);
-    let experts = MatmulDesc { experts: Some(3), ..desc(MXFP4, MXFP4, [m, n, k]) };
-    let groups = Some((vec![0, 33, 33, 140], vec![2, 0, 1]));
-    Problem { groups, ..Problem::new(experts, a, b) }.has_f16s_bits(ctx)?;
+    for k in [128, 96] {
+        let [m, n] = [160, 40];
+        let a = operand(1, MXFP4, [m, k], outside_at);
+        let b = operand(2, MXFP4, [3 * n, k], near);
+        let experts = MatmulDesc { experts: Some(3), ..desc(MXFP4, MXFP4, [m, n, k]) };
+        let groups = Some((vec![0, 33, 33, 140], vec![2, 0, 1]));
+        Problem { groups, ..Problem::new(experts, a, b) }.has_f16s_bits(ctx)?;
+    }
 
     let [m, n, k] = [70, 33, 256];
     let a = operand(3, MXFP4, [m, k], outside_at);

@@ -639,6 +639,7 @@ impl Variant {
             let load = match load {
                 Load::Words => "",
                 Load::Vectors => "-vectors",
+                Load::Ragged => "-ragged",
                 Load::Columns => "-columns",
                 Load::Blocks => "-blocks",
             };
@@ -679,7 +680,7 @@ impl Variant {
             if !join {
                 let codes = match load {
                     Load::Words | Load::Blocks => "array<u32>",
-                    Load::Vectors | Load::Columns => "array<vec4<u32>>",
+                    Load::Vectors | Load::Ragged | Load::Columns => "array<vec4<u32>>",
                 };
                 list.push((format!("{name}_codes"), codes, false));
             }
@@ -838,7 +839,13 @@ impl Variant {
             .constant("STAGE", self.stage())
             .flag("NIBBLES", same(self.a, self.b))
             .flag("EXACT", self.tier == Tier::Exact)
-            .flag("PAIRS", alike && [[Load::Vectors; 2], [Load::Blocks; 2]].contains(&self.load))
+            .flag("RAGGED", self.load.contains(&Load::Ragged))
+            .flag(
+                "PAIRS",
+                alike
+                    && [[Load::Vectors; 2], [Load::Ragged; 2], [Load::Blocks; 2]]
+                        .contains(&self.load),
+            )
             .flag("BF16", bf16)
             .flag("COUNTS", !self.outside)
             .flag("BIAS", self.bias)
@@ -1246,6 +1253,12 @@ pub fn kernels() -> Vec<Kernel> {
         }
         if tensor || exact_fragments {
             variants.push(Variant { whole: [true; 2], ..plain(mxfp4, mxfp4) });
+        }
+        if tensor {
+            let (ragged, words) = (Load::Ragged, Load::Words);
+            for load in [[ragged; 2], [ragged, words], [words, ragged]] {
+                variants.push(Variant { load, ..plain(mxfp4, mxfp4) });
+            }
         }
         if tensor
             && matches!(shape, Shape::Tensor { by: Fragments::Spirv | Fragments::Emulated, .. })

@@ -385,6 +385,8 @@ fn usual(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool) -> Shape {
             }
             _ if square.is_some() || sliced => ([2, 2], [4, 4], 1),
             // As many subgroups as keep a large device busy, from k where there are few tiles.
+            // An expert's rows would leave half of a tile empty.
+            _ if desc.experts.is_some() && rows <= 64 => ([2, 2], [2, 4], 1),
             _ if tiles >= WHOLE => ([2, 2], [4, 4], 1),
             _ if tiles >= 100 => ([2, 2], [4, 4], 2),
             _ if tiles >= 50 => ([2, 2], [2, 2], 1),
@@ -561,6 +563,8 @@ pub(super) enum Load {
     /// 16 bytes at a time along lines of whole 128 positions: E2M1 and FP8 under E8M0 scales of at least 32, or dense of 16
     /// bits.
     Vectors,
+    /// As [`Load::Vectors`], of E2M1 lines of whole 32: the last 128 may be fewer.
+    Ragged,
     /// 16 bytes at a time across the lines, whole 128 of them, of a transposed dense operand of 16 bits.
     Columns,
     /// A word of each of the four blocks of 128 positions: what [`Load::Vectors`] takes of E2M1, for the exact tier.
@@ -575,7 +579,12 @@ pub(super) fn floats(spec: MxSpec) -> bool {
 /// How the tensor kernel, and the skinny one in f16, read an operand of `outputs` lines.
 pub(super) fn load(operand: &Operand, k: usize, outputs: usize) -> Load {
     if !k.is_multiple_of(128) {
-        return Load::Words;
+        // 16 bytes of a line are still its own.
+        return if wide(operand, k.next_multiple_of(128)) && k.is_multiple_of(32) {
+            Load::Ragged
+        } else {
+            Load::Words
+        };
     }
     match (operand.values, operand.transposed) {
         (Values::Mx(_), _) if wide(operand, k) => Load::Vectors,
