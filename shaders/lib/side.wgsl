@@ -158,7 +158,7 @@ fn run(matrix: u32, row0: u32, col0: u32, lane: u32) {
     let amax = block_amax(max(amax8(a), amax8(b)), lane);
     let ts = tile_tensor_scale(0u, matrix + row0 + col0 + lane == 0u);
     let scale = scale_from_amax(amax, p.sides[SIDE].carry, ts);
-    if (live && unit % LANES == 0u) { tile_put_scale(line * p.sides[SIDE].blocks + at / BLOCK, scale); }
+    if (live && unit % LANES == 0u) { tile_put_scale(line * p.sides[SIDE].blocks + at / BLOCK, line, 0u, scale); }
     var c = Codes();
     if (live) {
         if (scale != SCALE_NAN) {

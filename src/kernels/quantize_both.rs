@@ -371,7 +371,7 @@ fn record_gpu(
     for jobs in jobs.chunks(step) {
         dispatch(stream, x, &jobs.iter().collect::<Vec<_>>(), guards, counters, false)?;
     }
-    jobs.iter().try_for_each(|job| anchors::record(stream, job.out))
+    Ok(())
 }
 
 fn dispatch(
@@ -810,7 +810,7 @@ impl Variant {
             .line(&access(0, "read_write", "codes: array<CodesWord>"))
             .line(&access(1, "read_write", "scales: array<atomic<u32>>"))
             .line(&access(2, "read_write", "state: array<atomic<u32>>"));
-        codec(source, spec)
+        let source = codec(source, spec)
             .fragment(if stochastic {
                 shader!("lib/round_stochastic.wgsl")
             } else {
@@ -836,7 +836,8 @@ impl Variant {
                 shader!("lib/amax_subgroup.wgsl")
             } else {
                 shader!("lib/amax_workgroup.wgsl")
-            })
+            });
+        anchors::fragment(source)
             .fragment(shader!("lib/put_scale.wgsl"))
             .fragment(shader!("lib/side.wgsl"))
     }
