@@ -96,10 +96,10 @@ pub fn kernels() -> Vec<Kernel> {
 mod tests {
     use super::*;
     use crate::engine::buffer::DType;
-    use crate::formats::{Axis, MxSpec, MxTensor};
+    use crate::formats::{Axis, Block, MxSpec, MxTensor};
     use crate::kernels::{
         AdamW, AdamWDesc, AdamWState, Guards, Matmul, MatmulDesc, Output, Quantize, QuantizeBoth,
-        QuantizeDesc, Side, StepScalars, all_specs,
+        QuantizeDesc, Side, StepScalars,
     };
     use crate::{Context, Options};
 
@@ -120,9 +120,8 @@ mod tests {
     /// A tensor whose state is garbage.
     fn out(ctx: &Context, spec: MxSpec, axis: Axis, rows: usize, cols: usize) -> DeviceMxTensor {
         let layout = Layout::new(spec, axis, rows, cols).unwrap();
-        let (codes, scales) = (vec![0; layout.codes_len()], vec![0xfe; layout.scales_len()]);
-        let scales =
-            if spec.scale == ScaleFormat::E4M3 { vec![0x7f; scales.len()] } else { scales };
+        let largest = if spec.scale == ScaleFormat::E4M3 { 0x7f } else { 0xff };
+        let (codes, scales) = (vec![0; layout.codes_len()], vec![largest; layout.scales_len()]);
         ctx.upload_mx(&MxTensor::from_parts(layout, codes, scales, 1.0).unwrap()).unwrap()
     }
 
@@ -143,30 +142,27 @@ mod tests {
             _ => pollster::block_on(crate::engine::adapters(false)),
         };
         assert!(mode != "require" || !adapters.is_empty(), "MX_TEST_GPU=require, but no adapter");
-        let options =
-            [None, Some(56 << 10)].map(|max_binding| Options { max_binding, ..Options::default() });
-        let gpus = adapters.iter().flat_map(|a| {
-            options.each_ref().map(|o| pollster::block_on(Context::on_adapter(a, o)))
-        });
-        let contexts = std::iter::once(Ok(Context::cpu())).chain(gpus).map(Result::unwrap);
-        for ctx in contexts {
-            let specs = all_specs();
-            // Every block of one element, and every element.
-            let specs = specs.iter().filter(|spec| {
-                spec.element == crate::formats::Element::E2M1 || *spec == &crate::MXINT8
-            });
-            for spec in specs.copied() {
-                quantized(&ctx, spec);
-            }
+        let gpu = |adapter, max_binding| {
+            let options = Options { max_binding, ..Options::default() };
+            pollster::block_on(Context::on_adapter(adapter, &options)).unwrap()
+        };
+        for ctx in adapters.iter().map(|adapter| gpu(adapter, None)).chain([Context::cpu()]) {
+            quantized(&ctx, 37, 45);
             quantized_both(&ctx);
             updated(&ctx);
             multiplied(&ctx);
         }
+        for ctx in adapters.iter().map(|adapter| gpu(adapter, Some(56 << 10))) {
+            quantized(&ctx, 400, 160);
+        }
     }
 
-    fn quantized(ctx: &Context, spec: MxSpec) {
-        for axis in [Axis::One, Axis::Zero] {
-            for (rows, cols) in [(400, 160), (37, 45)] {
+    fn quantized(ctx: &Context, rows: usize, cols: usize) {
+        let square = |spec: MxSpec, n| spec.with_block(Block::Square(n));
+        let specs =
+            [crate::MXFP4, crate::NVFP4, square(crate::MXFP4, 32), square(crate::MXINT8, 16)];
+        for spec in specs {
+            for axis in [Axis::One, Axis::Zero] {
                 let desc = QuantizeDesc { spec, axis, ..Default::default() };
                 let x = x(ctx, rows, cols);
                 let mut packed = out(ctx, spec, axis, rows, cols);
@@ -207,7 +203,7 @@ mod tests {
     fn updated(ctx: &Context) {
         let (rows, cols) = (70, 128);
         for block in [16, 32] {
-            let spec = crate::MXFP4.with_block(crate::formats::Block::Square(block));
+            let spec = crate::MXFP4.with_block(Block::Square(block));
             let desc = AdamWDesc { master: DType::BF16, ..AdamWDesc::new(rows, cols) };
             let mut w = x(ctx, rows, cols);
             let grad = ctx.zeros(DType::F32, rows, cols).unwrap();
@@ -241,7 +237,7 @@ mod tests {
 
     fn multiplied(ctx: &Context) {
         let (m, n, k) = (40, 96, 64);
-        for spec in [crate::MXFP4, crate::MXFP4.with_block(crate::formats::Block::Square(32))] {
+        for spec in [crate::MXFP4, crate::MXFP4.with_block(Block::Square(32))] {
             let desc = MatmulDesc {
                 m,
                 n,
