@@ -48,7 +48,7 @@ fn guarded(bits: vec4<u32>, col: u32) -> vec4<u32> {
         let over = (magnitude > limit) & (magnitude < vec4<u32>(0x7f800000u));
         v = select(v, (v & vec4<u32>(0x80000000u)) | limit, over);
     }
-    if (SKIP) {
+    if (SKIP && col < p.cols) {
         let s = skip_word(col / 32u) >> (col % 32u);
         v = select(v, vec4<u32>(), (vec4<u32>(s, s >> 1u, s >> 2u, s >> 3u) & vec4<u32>(1u)) != vec4<u32>());
     }
@@ -61,9 +61,15 @@ fn main(in: Invocation) {
     let across = (p.cols + TILE_COLS - 1u) / TILE_COLS;
     let down = (p.rows + TILE_ROWS - 1u) / TILE_ROWS;
     let tile = in.wg.y * in.wgs.x + in.wg.x;
-    let matrix = tile / (across * down);
-    let row0 = tile / across % down * TILE_ROWS;
-    let col0 = tile % across * TILE_COLS;
+    // Of a stack the row of tiles, then of its matrix.
+    var tile_row = tile / across;
+    let col0 = (tile - tile_row * across) * TILE_COLS;
+    var matrix = 0u;
+    if (p.matrices != 1u) {
+        matrix = tile_row / down;
+        tile_row -= matrix * down;
+    }
+    let row0 = tile_row * TILE_ROWS;
     let there = matrix < p.matrices;
     let first = matrix * p.rows;
     // All loads before the first use.

@@ -22,7 +22,7 @@
 use std::borrow::Cow;
 
 use crate::engine::buffer::{DType, DeviceMxTensor, Ids, Tensor};
-use crate::engine::shader::{Binding, Kernel, Source, shader};
+use crate::engine::shader::{Binding, Kernel, Source, UNCHECKED, shader};
 use crate::engine::{Context, Stream};
 use crate::formats::element::INFINITY;
 use crate::formats::{
@@ -863,7 +863,9 @@ impl Variant {
         let [tile_rows, tile_cols] = self.tile();
         let [skew, skewed] = self.skew();
         let mut bindings = vec![Binding::Params, Binding::Read];
+        // Every index into the tile and the draws is below a constant; into a binding, guarded by the sizes in Params.
         let mut source = Source::new()
+            .line(UNCHECKED)
             .constant("WG", WG)
             .constant("TILE", TILE)
             .constant("TILE_ROWS", tile_rows)
