@@ -65,7 +65,9 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     let at = 4u * lane;
     let scale_row = at / ROW_BLOCKS;
     if (at < TILE_BLOCKS && first_row + scale_row * BLOCK < p.rows) {
-        let word = ((first_row / BLOCK + scale_row) * (p.cols / BLOCK) + index % tiles * ROW_BLOCKS + at % ROW_BLOCKS) / 4u;
+        let scales_row = first_row / BLOCK + scale_row;
+        let scales_col = index % tiles * ROW_BLOCKS + at % ROW_BLOCKS;
+        let word = (scales_row * (p.cols / BLOCK) + scales_col) / 4u;
         var packed = scales[word];
         if (finite) {
             packed = scale_from_amax(atomicLoad(&wg_amax[at]), p.carry, 0u)
@@ -74,8 +76,10 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
                 | (scale_from_amax(atomicLoad(&wg_amax[at + 3u]), p.carry, 0u) << 24u);
             scales[word] = packed;
         }
-        let nan = u32((packed & 0xffu) == SCALE_NAN) + u32(((packed >> 8u) & 0xffu) == SCALE_NAN)
-            + u32(((packed >> 16u) & 0xffu) == SCALE_NAN) + u32((packed >> 24u) == SCALE_NAN);
-        if (nan > 0u) { atomicAdd(&state[0], nan); }
+        for (var i = 0u; i < 4u; i++) {
+            let scale = (packed >> (8u * i)) & 0xffu;
+            anchors_raise(scales_row, (p.rows + BLOCK - 1u) / BLOCK + scales_col + i, scale);
+            if (scale == SCALE_NAN) { atomicAdd(&state[0], 1u); }
+        }
     }
 }

@@ -1,5 +1,6 @@
-// anchors: the largest scale byte of every row of an MX tensor's scales; for square blocks of every column too.
-// Layout:   scales[rows, blocks bytes] · state: rows anchors from p.first on, a word each (columns: blocks of them)
+// anchors: the largest scale byte of every row of an MX tensor's scales; for square blocks of every column too. For scales
+// that a product wrote: quantizers make anchors themselves.
+// Layout:   scales[rows, blocks bytes] · state: see lib/anchors.wgsl; the first of these rows' or columns' is p.first
 // Numerics: E8M0: the largest byte, 255 if one is NaN. E4M3: 127, or 255.
 // Dispatch: rows: ceil(rows / 8) workgroups; columns: ceil(blocks / WG); columns are put together by atomics
 // Twin:     src/kernels/anchors.rs
@@ -14,11 +15,9 @@ const LANES = 32u;
 
 var<workgroup> largest: array<atomic<u32>, WG / LANES>;
 
-fn anchor_of(row: u32, col: u32) -> u32 {
+fn anchor_at(row: u32, col: u32) -> u32 {
     let at = row * p.blocks + col;
-    let scale = (scales[at / 4u] >> (8u * (at % 4u))) & 0xffu;
-    if (SCALE_E4M3) { return select(127u, 255u, (scale & 0x7fu) == 0x7fu); }
-    return scale;
+    return anchor_of((scales[at / 4u] >> (8u * (at % 4u))) & 0xffu);
 }
 
 @compute @workgroup_size(WG)
@@ -29,8 +28,8 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     if (COLUMNS) {
         let col = group * WG + lane;
         if (col < p.blocks) {
-            for (var row = 0u; row < p.rows; row++) { anchor = max(anchor, anchor_of(row, col)); }
-            atomicMax(&state[p.first + col], anchor);
+            for (var row = 0u; row < p.rows; row++) { anchor = max(anchor, anchor_at(row, col)); }
+            anchor_raise(p.first + col, anchor);
         }
         return;
     }
@@ -39,9 +38,9 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     if (lane < WG / LANES) { atomicStore(&largest[lane], 0u); }
     workgroupBarrier();
     if (row < p.rows) {
-        for (var col = lane % LANES; col < p.blocks; col += LANES) { anchor = max(anchor, anchor_of(row, col)); }
+        for (var col = lane % LANES; col < p.blocks; col += LANES) { anchor = max(anchor, anchor_at(row, col)); }
     }
     atomicMax(&largest[slot], anchor);
     workgroupBarrier();
-    if (row < p.rows && lane % LANES == 0u) { atomicStore(&state[p.first + row], atomicLoad(&largest[slot])); }
+    if (row < p.rows && lane % LANES == 0u) { anchor_raise(p.first + row, atomicLoad(&largest[slot])); }
 }

@@ -17,10 +17,11 @@ struct Params {
     counter: vec2<u32>,     // of the first row's first group
     groups: u32,            // random groups of a row, ceil(cols / 8)
     one: u32,               // 1
+    anchor_row: u32,        // of the tensor's anchors, the first row's of this dispatch
 }
 
 // What the host can ask about afterwards: [0] blocks with NaN or infinity, [1] the tensor's amax (an input),
-// [2] its scale (written here), both NVFP4's and f32 bits.
+// [2] its scale (written here), both NVFP4's and f32 bits; then the anchors.
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> x: array<XWord>;
 @group(0) @binding(2) var<storage, read_write> codes: array<CodesWord>;
@@ -90,8 +91,17 @@ fn main(in: Invocation) {
     if (lane < WG_BLOCKS / 4u) {
         let block = first / LANES + lane * 4u;
         if (block < p.rows * p.blocks) {
-            scales[p.scales_offset + block / 4u] = wg_scales[lane * 4u] | (wg_scales[lane * 4u + 1u] << 8u) |
-                (wg_scales[lane * 4u + 2u] << 16u) | (wg_scales[lane * 4u + 3u] << 24u);
+            let s = vec4<u32>(wg_scales[lane * 4u], wg_scales[lane * 4u + 1u], wg_scales[lane * 4u + 2u], wg_scales[lane * 4u + 3u]);
+            scales[p.scales_offset + block / 4u] = s.x | (s.y << 8u) | (s.z << 16u) | (s.w << 24u);
+            let line = block / p.blocks;
+            if ((block + 3u) / p.blocks == line) {
+                anchor_raise(p.anchor_row + line, max(max(anchor_of(s.x), anchor_of(s.y)), max(anchor_of(s.z), anchor_of(s.w))));
+            } else {
+                // Lines end among the four, or the tensor does.
+                for (var i = 0u; i < min(4u, p.rows * p.blocks - block); i++) {
+                    anchor_raise(p.anchor_row + (block + i) / p.blocks, anchor_of(wg_scales[lane * 4u + i]));
+                }
+            }
         }
     }
 }

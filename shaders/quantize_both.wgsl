@@ -13,7 +13,7 @@ struct Side {
     line_units: u32,        // units of a line of codes
     blocks: u32,            // blocks of a line
     carry: u32,             // the scale rule, see scale_from_amax
-    spare: u32,
+    zero: f32,              // 0
 }
 
 struct Params {
@@ -33,7 +33,11 @@ fn row_groups() -> u32 { return (p.cols + 7u) / 8u; }
 const PITCH = TILE_COLS + 1u;
 const TILE_QUADS = TILE_COLS / 4u;          // of a row
 
-var<workgroup> wg_tile: array<u32, TILE_ROWS * PITCH>;
+var<workgroup> wg_tile: array<u32, TILE_ROWS * PITCH + SKEWED>;
+
+// 32 neighbouring invocations that read down the columns have 16 rows each: they meet in no bank of 32 because the pitch is
+// odd, and because every 32 rows are moved on.
+fn skew(row: u32) -> u32 { return row / 32u * SKEW; }
 
 // Limits finite magnitudes to the clip; zero where a column is skipped.
 fn guarded(bits: vec4<u32>, col: u32) -> vec4<u32> {
@@ -44,7 +48,7 @@ fn guarded(bits: vec4<u32>, col: u32) -> vec4<u32> {
         let over = (magnitude > limit) & (magnitude < vec4<u32>(0x7f800000u));
         v = select(v, (v & vec4<u32>(0x80000000u)) | limit, over);
     }
-    if (SKIP) {
+    if (SKIP && col < p.cols) {
         let s = skip_word(col / 32u) >> (col % 32u);
         v = select(v, vec4<u32>(), (vec4<u32>(s, s >> 1u, s >> 2u, s >> 3u) & vec4<u32>(1u)) != vec4<u32>());
     }
@@ -57,9 +61,15 @@ fn main(in: Invocation) {
     let across = (p.cols + TILE_COLS - 1u) / TILE_COLS;
     let down = (p.rows + TILE_ROWS - 1u) / TILE_ROWS;
     let tile = in.wg.y * in.wgs.x + in.wg.x;
-    let matrix = tile / (across * down);
-    let row0 = tile / across % down * TILE_ROWS;
-    let col0 = tile % across * TILE_COLS;
+    // Of a stack the row of tiles, then of its matrix.
+    var tile_row = tile / across;
+    let col0 = (tile - tile_row * across) * TILE_COLS;
+    var matrix = 0u;
+    if (p.matrices != 1u) {
+        matrix = tile_row / down;
+        tile_row -= matrix * down;
+    }
+    let row0 = tile_row * TILE_ROWS;
     let there = matrix < p.matrices;
     let first = matrix * p.rows;
     // All loads before the first use.
@@ -76,8 +86,9 @@ fn main(in: Invocation) {
     c_prepare(first + row0, col0, lane);
     for (var i = 0u; i < 4u; i++) { // unroll
         let at = i * WG + lane;
+        let in_row = at / TILE_QUADS;
         let in_col = at % TILE_QUADS * 4u;
-        let to = at / TILE_QUADS * PITCH + in_col;
+        let to = in_row * PITCH + in_col + skew(in_row);
         let v = guarded(quads[i], col0 + in_col);
         wg_tile[to] = v.x;
         wg_tile[to + 1u] = v.y;

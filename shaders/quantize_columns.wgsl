@@ -94,7 +94,9 @@ fn put_column(c: u32, in_col: u32, in_row: u32, col0: u32, row0: u32, ts: u32, a
     if (col >= p.cols) { return; }
     let scale = scale_from_amax(atomicLoad(&wg_amax[tile_block(in_col + c, in_row)]), p.carry, ts);
     if (in_row % BLOCK == 0u && col % BLOCK_LINES == 0u) {
-        tile_put_scale(p.scales_offset + col / BLOCK_LINES * p.blocks + row0 / BLOCK, scale);
+        let i = col / BLOCK_LINES;
+        let j = row0 / BLOCK;
+        tile_put_scale(p.scales_offset + i * p.blocks + j, p.anchor_row + i, p.anchor_column + j, scale);
     }
     var unit = Codes();
     if (scale != SCALE_NAN) { unit = encode16(a, b, scale, ts, ra, rb); }

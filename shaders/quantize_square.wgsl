@@ -50,7 +50,9 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(num_workgroups) wgs: vec3
     let ts = tile_tensor_scale(p.tensor_scale, p.first == 1u && tile == 0u && lane == 0u);
     let scale = scale_from_amax(atomicLoad(&wg_amax[block]), p.carry, ts);
     if (in_row % BLOCK == 0u && in_col % BLOCK == 0u) {
-        tile_put_scale(p.scales_offset + row / BLOCK * p.blocks + col / BLOCK, scale);
+        let i = row / BLOCK;
+        let j = col / BLOCK;
+        tile_put_scale(p.scales_offset + i * p.blocks + j, p.anchor_row + i, p.anchor_column + j, scale);
     }
     var c = Codes();
     if (scale != SCALE_NAN) { c = encode16(a, b, scale, ts, ra, rb); }

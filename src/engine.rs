@@ -12,11 +12,12 @@ pub mod spirv;
 #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
 pub(crate) mod vulkan;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use buffer::{CHUNK_ROWS, DType, DeviceMxTensor, Ids, Tensor};
 use caps::Caps;
-use gpu::Gpu;
+use gpu::{Gpu, Pipeline};
 use shader::Kernel;
 
 use crate::formats::{Axis, Layout, MxSpec, MxTensor, ScaleFormat};
@@ -432,7 +433,8 @@ impl Context {
             target,
             params: Vec::new(),
             profile: None,
-            pass: None,
+            pending: Vec::new(),
+            touched: HashSet::new(),
             gate: None,
             split: None,
         }
@@ -452,7 +454,8 @@ impl Context {
                 target: Target::Caller(encoder),
                 params: Vec::new(),
                 profile: None,
-                pass: None,
+                pending: Vec::new(),
+                touched: HashSet::new(),
                 gate: None,
                 split: None,
             }),
@@ -543,9 +546,11 @@ pub struct Stream<'a> {
     params: Vec<ParamArena>,
     /// Timestamps around every dispatch.
     profile: Option<Profile>,
-    /// The pass that dispatches go to, one after another: a pass of its own costs the host more than the rest of a
-    /// dispatch. Dropped before the encoder is used otherwise.
-    pass: Option<wgpu::ComputePass<'static>>,
+    /// Dispatches that are not in the encoder yet. They go there together, as one pass: a pass of its own costs the host
+    /// more than the rest of a dispatch.
+    pending: Vec<Pending>,
+    /// The buffers that these bind.
+    touched: HashSet<wgpu::Buffer>,
     /// What the dispatches from here on depend on.
     gate: Option<Gate>,
     /// When a part of the recording was first submitted before its end.
@@ -571,11 +576,30 @@ pub(crate) struct Profile {
     pub(crate) names: Vec<String>,
 }
 
+/// A dispatch of so many workgroups along x and y, or of as many as a buffer says.
+#[derive(Debug)]
+struct Pending {
+    pipeline: Arc<Pipeline>,
+    bind_group: wgpu::BindGroup,
+    groups: [u32; 2],
+    arguments: Option<wgpu::Buffer>,
+}
+
 #[derive(Debug)]
 enum Target<'a> {
     Cpu,
     Own(Box<wgpu::CommandEncoder>),
     Caller(&'a mut wgpu::CommandEncoder),
+}
+
+impl Target<'_> {
+    fn encoder(&mut self) -> Option<&mut wgpu::CommandEncoder> {
+        match self {
+            Target::Cpu => None,
+            Target::Own(encoder) => Some(encoder),
+            Target::Caller(encoder) => Some(encoder),
+        }
+    }
 }
 
 /// Parameters of many dispatches in one uniform buffer.
@@ -646,11 +670,34 @@ impl Stream<'_> {
     }
 
     fn encoder(&mut self) -> Option<&mut wgpu::CommandEncoder> {
-        self.pass = None;
-        match &mut self.target {
-            Target::Cpu => None,
-            Target::Own(encoder) => Some(encoder),
-            Target::Caller(encoder) => Some(encoder),
+        self.encode(None);
+        self.target.encoder()
+    }
+
+    /// Puts the pending dispatches into the encoder; `timed`: with timestamps from this number on.
+    fn encode(&mut self, timed: Option<u32>) {
+        self.touched.clear();
+        let Some(encoder) = self.target.encoder().filter(|_| !self.pending.is_empty()) else {
+            return;
+        };
+        let timestamp_writes = self.profile.as_ref().zip(timed).map(|(profile, first)| {
+            wgpu::ComputePassTimestampWrites {
+                query_set: &profile.queries,
+                beginning_of_pass_write_index: Some(first),
+                end_of_pass_write_index: Some(first + 1),
+            }
+        });
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
+            label: Some("mx.stream"),
+            timestamp_writes,
+        });
+        for Pending { pipeline, bind_group, groups: [x, y], arguments } in self.pending.drain(..) {
+            pass.set_pipeline(&pipeline.pipeline);
+            pass.set_bind_group(0, &bind_group, &[]);
+            match arguments {
+                None => pass.dispatch_workgroups(x, y, 1),
+                Some(arguments) => pass.dispatch_workgroups_indirect(&arguments, 0),
+            }
         }
     }
 
@@ -659,9 +706,12 @@ impl Stream<'_> {
         self.encoder()
     }
 
-    /// Zeroes a buffer.
+    /// Zeroes a buffer: before the pending dispatches, if none of them binds it.
     pub(crate) fn clear(&mut self, buffer: &wgpu::Buffer) {
-        if let Some(encoder) = self.encoder() {
+        if self.touched.contains(buffer) {
+            self.encode(None);
+        }
+        if let Some(encoder) = self.target.encoder() {
             encoder.clear_buffer(buffer, 0, None);
         }
     }
@@ -729,43 +779,30 @@ impl Stream<'_> {
                 entries: &entries,
             })
         })?;
-        if self.profile.is_some() {
-            self.pass = None;
-        }
         let room = wgpu::QUERY_SET_MAX_QUERIES as usize / 2;
-        let timestamp_writes = match &mut self.profile {
+        let timed = match &mut self.profile {
             Some(profile) if profile.names.len() < room => {
-                let first = 2 * profile.names.len() as u32;
                 profile.names.push(name.into());
-                Some(wgpu::ComputePassTimestampWrites {
-                    query_set: &profile.queries,
-                    beginning_of_pass_write_index: Some(first),
-                    end_of_pass_write_index: Some(first + 1),
-                })
+                Some(2 * profile.names.len() as u32 - 2)
             }
             _ => None,
         };
-        if self.pass.is_none() {
-            let encoder = match &mut self.target {
-                Target::Cpu => return Ok(()),
-                Target::Own(encoder) => &mut **encoder,
-                Target::Caller(encoder) => encoder,
-            };
-            let pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
-                label: Some(name),
-                timestamp_writes,
-            });
-            self.pass = Some(pass.forget_lifetime());
+        if self.profile.is_some() {
+            self.encode(None);
         }
-        let Some(pass) = &mut self.pass else { return Ok(()) };
-        pass.set_pipeline(&pipeline.pipeline);
-        pass.set_bind_group(0, &bind_group, &[]);
-        match &mut gate {
-            None => pass.dispatch_workgroups(x as u32, y as u32, 1),
-            Some(gate) => {
-                pass.dispatch_workgroups_indirect(&gate.arguments, 0);
-                gate.count = false;
-            }
+        let arguments = gate.as_ref().map(|gate| gate.arguments.clone());
+        self.touched.extend(buffers.iter().copied().chain(&arguments).cloned());
+        self.pending.push(Pending {
+            pipeline,
+            bind_group,
+            groups: [x as u32, y as u32],
+            arguments,
+        });
+        if self.profile.is_some() {
+            self.encode(timed);
+        }
+        if let Some(gate) = &mut gate {
+            gate.count = false;
         }
         self.gate = gate;
         Ok(())
@@ -797,9 +834,9 @@ impl Stream<'_> {
         Ok((index, offset))
     }
 
-    /// Hands the parameters to the device.
+    /// Puts all into the encoder, and hands the parameters to the device.
     fn flush(&mut self) {
-        self.pass = None;
+        self.encode(None);
         for arena in self.params.drain(..) {
             // A mapping fails only on a lost device, which the submission reports.
             if let Ok(mut view) = arena.buffer.get_mapped_range_mut(..arena.bytes.len() as u64) {

@@ -2,8 +2,8 @@
 // Compiled once a side, in a namespace of its own (Source::module). Twin: src/kernels/quantize_both.rs.
 //
 // The Walsh-Hadamard matrix of size 16 · PARTS is the Kronecker product of one of size PARTS, across a group's units, and
-// one of size 16 within a unit. An invocation makes its own row of the first from the group's untouched units, so nothing
-// is exchanged. Additions come in one order, strides from the largest to 1: a butterfly of any stride gives a + b and a − b.
+// one of size 16 within a unit. Additions come in one order, strides from the largest to 1: a butterfly of any stride gives
+// a + b and a − b. Those across units are in lib/outer_*.wgsl.
 
 const LANES = BLOCK / UNIT;                 // invocations of a block
 const WG_BLOCKS = WG / LANES;
@@ -29,7 +29,7 @@ fn prepare(row0: u32, col0: u32, lane: u32) {
         let row = at / (TILE_COLS / 8u);
         let group = at % (TILE_COLS / 8u);
         let w = threefry_group(vec2<u32>(), (row0 + row) * row_groups() + col0 / 8u + group, p.sides[SIDE].key);
-        let to = row * DRAWS_PITCH + group * 4u;
+        let to = row * DRAWS_PITCH + group * 4u + skew(row);
         wg_draws[to] = w.x;
         wg_draws[to + 1u] = w.y;
         wg_draws[to + 2u] = w.z;
@@ -39,7 +39,7 @@ fn prepare(row0: u32, col0: u32, lane: u32) {
 
 // Eight rows' random halves of a column of the tile, in the upper 16 bits.
 fn drawn(col: u32, row: u32) -> array<u32, 8> {
-    let at = row * DRAWS_PITCH + col / 2u;
+    let at = row * DRAWS_PITCH + col / 2u + skew(row);
     let shift = 16u * (1u - (col & 1u));
     return array<u32, 8>(wg_draws[at] << shift, wg_draws[at + DRAWS_PITCH] << shift,
                          wg_draws[at + 2u * DRAWS_PITCH] << shift, wg_draws[at + 3u * DRAWS_PITCH] << shift,
@@ -50,11 +50,22 @@ fn drawn(col: u32, row: u32) -> array<u32, 8> {
 // Four elements of a line of the tile.
 fn tile_quad(line: u32, at: u32) -> vec4<u32> {
     if (COLUMNS) {
-        let i = at * PITCH + line;
+        let i = at * PITCH + line + skew(at);
         return vec4<u32>(wg_tile[i], wg_tile[i + PITCH], wg_tile[i + 2u * PITCH], wg_tile[i + 3u * PITCH]);
     }
-    let i = line * PITCH + at;
+    let i = line * PITCH + at + skew(line);
     return vec4<u32>(wg_tile[i], wg_tile[i + 1u], wg_tile[i + 2u], wg_tile[i + 3u]);
+}
+
+// Elements 4i to 4i + 3 of a unit, which is `part` of its group, as a transform adds them.
+struct Summands { v: vec4<f32>, magnitude: vec4<u32> }
+
+fn summands(line: u32, unit: u32, part: u32, i: u32) -> Summands {
+    let bits = tile_quad(line, unit * UNIT + 4u * i);
+    let magnitude = bits & vec4<u32>(0x7fffffffu);
+    let s = p.sides[SIDE].signs[part / 2u] >> (part % 2u * 16u + 4u * i);
+    let flipped = bits ^ (vec4<u32>(s << 31u, s << 30u, s << 29u, s << 28u) & vec4<u32>(0x80000000u));
+    return Summands(bitcast<vec4<f32>>(select(flipped, vec4<u32>(), magnitude < vec4<u32>(SMALLEST))), magnitude);
 }
 
 fn transformed(line: u32, unit: u32) -> Unit16 {
@@ -65,48 +76,27 @@ fn transformed(line: u32, unit: u32) -> Unit16 {
         }
         return u;
     }
-    let group = unit / PARTS * PARTS;
-    // This unit's row of the outer matrix: the sign of each stride's second operand.
-    let f4 = select(1.0, -1.0, (unit & 4u) != 0u);
-    let f2 = select(1.0, -1.0, (unit & 2u) != 0u);
-    let f1 = select(1.0, -1.0, (unit & 1u) != 0u);
-    var largest = vec4<u32>();
+    var largest = 0u;
     var v = array<vec4<f32>, 4>();
     for (var i = 0u; i < 4u; i++) { // unroll
-        var t = array<vec4<f32>, 8>();
-        for (var j = 0u; j < PARTS; j++) { // unroll
-            let bits = tile_quad(line, (group + j) * UNIT + 4u * i);
-            let magnitude = bits & vec4<u32>(0x7fffffffu);
-            largest = max(largest, magnitude);
-            let s = p.sides[SIDE].signs[j / 2u] >> (j % 2u * 16u + 4u * i);
-            let flipped = bits ^ (vec4<u32>(s << 31u, s << 30u, s << 29u, s << 28u) & vec4<u32>(0x80000000u));
-            t[j] = bitcast<vec4<f32>>(select(flipped, vec4<u32>(), magnitude < vec4<u32>(SMALLEST)));
-        }
-        if (PARTS > 4u) {
-            t[0] += t[4] * f4;
-            t[1] += t[5] * f4;
-            t[2] += t[6] * f4;
-            t[3] += t[7] * f4;
-        }
-        if (PARTS > 2u) {
-            t[0] += t[2] * f2;
-            t[1] += t[3] * f2;
-        }
-        if (PARTS > 1u) { t[0] += t[1] * f1; }
-        v[i] = t[0];
+        let outer = outer_quad(line, unit, i);
+        v[i] = outer.v;
+        largest = max(max(largest, max(outer.magnitude.x, outer.magnitude.y)), max(outer.magnitude.z, outer.magnitude.w));
     }
+    let nan = outer_largest(largest) >= TOO_LARGE;
     let a0 = v[0] + v[2];
     let a1 = v[1] + v[3];
     let a2 = v[0] - v[2];
     let a3 = v[1] - v[3];
     v = array<vec4<f32>, 4>(a0 + a1, a0 - a1, a2 + a3, a2 - a3);
-    let nan = max(max(largest.x, largest.y), max(largest.z, largest.w)) >= TOO_LARGE;
     for (var i = 0u; i < 4u; i++) { // unroll
         let c = vec4<f32>(v[i].xy + v[i].zw, v[i].xy - v[i].zw);
-        let d = bitcast<vec4<u32>>(vec4<f32>(c.x + c.y, c.x - c.y, c.z + c.w, c.z - c.w) * FACTOR);
-        // One zero: the sign of a difference of equals is not everywhere the same.
-        u[i] = select(select(d, vec4<u32>(), (d << vec4<u32>(1u)) == vec4<u32>()), vec4<u32>(F32_NAN), vec4<bool>(nan));
+        // One zero: the sign of a difference of equals is not everywhere the same. A zero that the compiler cannot know.
+        u[i] = bitcast<vec4<u32>>(vec4<f32>(c.x + c.y, c.x - c.y, c.z + c.w, c.z - c.w) * FACTOR + p.sides[SIDE].zero);
     }
+    // One NaN makes its block NaN; for the tensor's amax none of the group may count.
+    u[0].x = select(u[0].x, F32_NAN, nan);
+    if (AMAX_ONLY && nan) { u = Unit16(); }
     return u;
 }
 
@@ -158,7 +148,7 @@ fn run(matrix: u32, row0: u32, col0: u32, lane: u32) {
     let amax = block_amax(max(amax8(a), amax8(b)), lane);
     let ts = tile_tensor_scale(0u, matrix + row0 + col0 + lane == 0u);
     let scale = scale_from_amax(amax, p.sides[SIDE].carry, ts);
-    if (live && unit % LANES == 0u) { tile_put_scale(line * p.sides[SIDE].blocks + at / BLOCK, scale); }
+    if (live && unit % LANES == 0u) { tile_put_scale(line * p.sides[SIDE].blocks + at / BLOCK, line, 0u, scale); }
     var c = Codes();
     if (live) {
         if (scale != SCALE_NAN) {

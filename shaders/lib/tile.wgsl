@@ -17,6 +17,8 @@ struct Params {
     key: vec4<u32>,         // of the random numbers
     counter: vec2<u32>,     // of the first group of this dispatch
     one: u32,               // 1
+    anchor_row: u32,        // of the tensor's anchors, the first row's of this dispatch
+    anchor_column: u32,     // of square blocks, the first column's
 }
 
 var<workgroup> wg_amax: array<atomic<u32>, TILE_BLOCKS>;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::caps::Caps;
-use super::shader::{Binding, Kernel};
+use super::shader::{Binding, Kernel, UNCHECKED};
 use crate::kernels::matmul::Table;
 use crate::kernels::matmul::{Byte, ByteMatrices};
 use crate::{Error, Result};
@@ -390,10 +390,14 @@ impl Gpu {
             label,
             source: wgpu::ShaderSource::Wgsl(kernel.wgsl.as_str().into()),
         };
-        let checks = wgpu::ShaderRuntimeChecks { force_loop_bounding: false, ..Default::default() };
+        let checks = wgpu::ShaderRuntimeChecks {
+            bounds_checks: !kernel.wgsl.lines().any(|line| line == UNCHECKED),
+            force_loop_bounding: false,
+            ..Default::default()
+        };
         let module = match spirv {
-            // SAFETY: bounds checks stay on. Loop bounding is off, which requires that no loop is infinite: every loop of
-            // shaders/ counts up to a constant or a parameter.
+            // SAFETY: bounds checks stay on but for kernels that say that they keep within bounds. Loop bounding is off, which
+            // requires that no loop is infinite: every loop of shaders/ counts up to a constant or a parameter.
             None => unsafe { self.device.create_shader_module_trusted(descriptor, checks) },
             Some(words) => {
                 let entry = wgpu::PassthroughShaderEntryPoint {

@@ -68,6 +68,11 @@ pub(crate) const I8_FRAGMENTS: &str = "// fragments: i8, k = ";
 /// The same for codes of E2M1 that the device converts: four bits that `extractBits` takes and that become f16.
 pub(crate) const E2M1_CONVERSION: &str = "// four bits to f16: e2m1";
 
+/// The line of WGSL that says that a kernel keeps within its workgroup memory and its bindings, so that indices are not
+/// compared with their sizes: a kernel that spends much of its time on workgroup memory gains by it. What the device itself
+/// does about bindings stays.
+pub(crate) const UNCHECKED: &str = "// indices: unchecked";
+
 /// Builds a module from constants and fragments.
 #[derive(Default)]
 pub(crate) struct Source {

@@ -378,8 +378,7 @@ impl AdamW {
             &Step::new(&self.desc, scalars).params(&self.desc, quantize.carry()),
             &buffers,
             (rows.div_ceil(TILE_ROWS) * (cols / TILE_COLS)) as u64,
-        )?;
-        anchors::record(stream, packed)
+        )
     }
 
     fn check(
@@ -745,7 +744,7 @@ impl Variant {
             None => source.fragment(shader!("adamw.wgsl")),
             Some(spec) => {
                 bindings.extend([Binding::Write; 3]);
-                codec(source, spec)
+                anchors::fragment(codec(source, spec))
                     .fragment(shader!("lib/round_nearest.wgsl"))
                     .fragment(shader!("lib/unit.wgsl"))
                     .fragment(match spec.element.bits() {

@@ -131,8 +131,7 @@ impl Quantize {
         }
         stream.context().check_same(&x.data, &out.codes)?;
         if stream.gpu().is_some() {
-            self.record_gpu(stream, x, out)?;
-            anchors::record(stream, out)
+            self.record_gpu(stream, x, out)
         } else {
             pack_on_cpu(&self.desc, x.dtype, x.data.cpu(), out);
             Ok(())
@@ -231,6 +230,7 @@ impl Quantize {
             (counter >> 32) as u32,
             groups as u32,
             1,
+            rows.start as u32,
         ];
         let units = rows.len() as u64 * layout.blocks() as u64 * layout.spec.block.len() as u64
             / u64::from(UNIT);
@@ -268,8 +268,9 @@ impl Quantize {
         let groups = x.cols.div_ceil(8);
         let counter = rows.start as u64 * groups as u64 + cols.start as u64 / 8;
         let key = rng::key(self.desc.rounding);
-        let (line, k) = layout.position(rows.start, cols.start);
-        let line = line - codes.first;
+        let (first_line, k) = layout.position(rows.start, cols.start);
+        let line = first_line - codes.first;
+        let block = layout.spec.block;
         let params = [
             rows.len() as u32,
             cols.len() as u32,
@@ -278,8 +279,7 @@ impl Quantize {
             line_units(&layout) as u32,
             (line * line_units(&layout) + k / UNIT as usize) as u32,
             layout.blocks() as u32,
-            (line / layout.spec.block.lines() * layout.blocks() + k / layout.spec.block.len())
-                as u32,
+            (line / block.lines() * layout.blocks() + k / block.len()) as u32,
             self.desc.carry(),
             self.desc.tensor_scale.map_or(0, f32::to_bits),
             groups as u32,
@@ -291,7 +291,8 @@ impl Quantize {
             counter as u32,
             (counter >> 32) as u32,
             1,
-            0,
+            (first_line / block.lines()) as u32,
+            (layout.scale_rows() + k / block.len()) as u32,
         ];
         let [tile_rows, tile_cols, _] = tile(layout.axis);
         let tiles = rows.len().div_ceil(tile_rows as usize) as u64
@@ -664,6 +665,7 @@ impl Variant {
                 (Element::E2M1, ScaleFormat::E8M0) => shader!("lib/encode_e2m1.wgsl"),
                 _ => shader!("lib/encode.wgsl"),
             });
+        let source = anchors::fragment(source);
         let load =
             |vec4| if vec4 { shader!("lib/load_vec4.wgsl") } else { shader!("lib/load_any.wgsl") };
         let lanes = |subgroup| {

@@ -22,7 +22,7 @@
 use std::borrow::Cow;
 
 use crate::engine::buffer::{DType, DeviceMxTensor, Ids, Tensor};
-use crate::engine::shader::{Binding, Kernel, Source, shader};
+use crate::engine::shader::{Binding, Kernel, Source, UNCHECKED, shader};
 use crate::engine::{Context, Stream};
 use crate::formats::element::INFINITY;
 use crate::formats::{
@@ -371,7 +371,7 @@ fn record_gpu(
     for jobs in jobs.chunks(step) {
         dispatch(stream, x, &jobs.iter().collect::<Vec<_>>(), guards, counters, false)?;
     }
-    jobs.iter().try_for_each(|job| anchors::record(stream, job.out))
+    Ok(())
 }
 
 fn dispatch(
@@ -405,7 +405,7 @@ fn dispatch(
         let Side { spec, three_quarters, .. } = *side;
         variant.sides[*number] = Some(SideVariant { spec, hadamard, stochastic, three_quarters });
         variant.mad |= stochastic && gpu.caps.vendor == NVIDIA;
-        lanes = lanes.max(side.spec.block.len() as u32 / UNIT);
+        lanes = lanes.max(side.spec.block.len() as u32 / UNIT).max(hadamard / UNIT);
         let layout = out.layout;
         let words = &mut params[4 + SIDE_WORDS * number..][..SIDE_WORDS];
         words[..4].copy_from_slice(&side.hadamard.map_or([0; 4], Hadamard::signs));
@@ -755,6 +755,14 @@ impl Variant {
         tile_of(length(self.sides[0]), length(self.sides[1])).unwrap_or([16, 128])
     }
 
+    /// By how many words 32 rows of a tile in workgroup memory are moved on, so that a column's units lie in banks of their own;
+    /// and all rows together.
+    fn skew(&self) -> [u32; 2] {
+        let [rows, _] = self.tile();
+        let skew = 32 * UNIT / rows;
+        [skew, rows / 32 * skew]
+    }
+
     fn name(&self) -> String {
         let mut name = format!("quantize-both.{}", self.dtype);
         for (side, what) in self.sides.iter().zip(["rows", "columns"]) {
@@ -788,6 +796,7 @@ impl Variant {
         let element = spec.element;
         let [_, tile_cols] = self.tile();
         let tile_rows = TILE / tile_cols;
+        let [_, skewed] = self.skew();
         let draws_tile = stochastic && number == 1;
         let magnitude_mask =
             if element == Element::Int8 { 0xff } else { (1 << (element.bits() - 1)) - 1 };
@@ -800,7 +809,10 @@ impl Variant {
             .constant("MAX_FRACTION", element.max_fraction())
             .constant("MAGNITUDE_MASK", magnitude_mask)
             .constant("PARTS", hadamard.max(16) / UNIT)
-            .constant("DRAWS", if draws_tile { tile_rows * (tile_cols / 2 + 1) } else { 1 })
+            .constant(
+                "DRAWS",
+                if draws_tile { tile_rows * (tile_cols / 2 + 1) + skewed } else { 1 },
+            )
             .flag("COLUMNS", number == 1)
             .flag("HADAMARD", hadamard > 0)
             .flag("DRAWS_TILE", draws_tile)
@@ -810,7 +822,7 @@ impl Variant {
             .line(&access(0, "read_write", "codes: array<CodesWord>"))
             .line(&access(1, "read_write", "scales: array<atomic<u32>>"))
             .line(&access(2, "read_write", "state: array<atomic<u32>>"));
-        codec(source, spec)
+        let source = codec(source, spec)
             .fragment(if stochastic {
                 shader!("lib/round_stochastic.wgsl")
             } else {
@@ -836,19 +848,30 @@ impl Variant {
                 shader!("lib/amax_subgroup.wgsl")
             } else {
                 shader!("lib/amax_workgroup.wgsl")
-            })
+            });
+        anchors::fragment(source)
             .fragment(shader!("lib/put_scale.wgsl"))
             .fragment(shader!("lib/side.wgsl"))
+            .fragment(if self.subgroup {
+                shader!("lib/outer_subgroup.wgsl")
+            } else {
+                shader!("lib/outer_workgroup.wgsl")
+            })
     }
 
     fn kernel(&self) -> Kernel {
         let [tile_rows, tile_cols] = self.tile();
+        let [skew, skewed] = self.skew();
         let mut bindings = vec![Binding::Params, Binding::Read];
+        // Every index into the tile and the draws is below a constant; into a binding, guarded by the sizes in Params.
         let mut source = Source::new()
+            .line(UNCHECKED)
             .constant("WG", WG)
             .constant("TILE", TILE)
             .constant("TILE_ROWS", tile_rows)
             .constant("TILE_COLS", tile_cols)
+            .constant("SKEW", skew)
+            .constant("SKEWED", skewed)
             .flag("CLIP", self.clip)
             .flag("SKIP", self.skip)
             .fragment(match type_number(self.dtype) {
@@ -929,12 +952,13 @@ pub fn kernels() -> Vec<Kernel> {
         let turn = variants.len();
         let on = |every: usize| turn % every == 1;
         let stochastic = sides.iter().flatten().any(|side| side.stochastic);
-        let blocks = sides.iter().flatten().any(|side| side.spec.block.len() > UNIT as usize);
+        let units = |side: &SideVariant| side.hadamard.max(side.spec.block.len() as u32) / UNIT;
+        let shared = sides.iter().flatten().any(|side| units(side) > 1);
         variants.push(Variant {
             dtype: [DType::F32, DType::BF16][turn / 3 % 2],
             sides,
             mad: stochastic && on(5),
-            subgroup: on(2) && blocks && !amax_only,
+            subgroup: on(2) && shared && !amax_only,
             clip: on(7),
             skip: on(11),
             count: on(3) && !amax_only,
