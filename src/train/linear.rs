@@ -451,7 +451,7 @@ impl MxLinear {
         })
     }
 
-    /// The same with another recipe; the weight is to be prepared or updated again.
+    /// The same with another recipe; the weight is to be prepared again.
     pub fn with_recipe(
         &self,
         ctx: &Context,

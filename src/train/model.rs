@@ -625,7 +625,7 @@ impl Model {
         self.linears_mut().try_for_each(|(_, linear)| linear.keep_operands(&ctx))
     }
 
-    /// Lets the linear layers do what this recipe says from now on; weights are to be updated or prepared again. Nothing else of
+    /// Lets the linear layers do what this recipe says from now on; weights are to be prepared again. Nothing else of
     /// the recipe is taken. Experts' slots stay as they are padded: for no longer blocks or transforms than there were.
     pub fn set_linears(&mut self, recipe: &Recipe) -> Result<()> {
         let Model { ctx, params, blocks, extra, heads, head, scratch, .. } = self;

@@ -930,7 +930,10 @@ mod tests {
         let unknown = good.to_toml().unwrap().replace("clip_norm", "clip_morn");
         assert!(Recipe::parse(&unknown).unwrap_err().to_string().contains("clip_morn"));
         let with = |line: &str| Recipe::parse(&format!("{line}\n{}", good.to_toml().unwrap()));
-        assert_eq!(with("late_backward = 0.25").unwrap(), Recipe { late_backward: 0.25, ..good.clone() });
+        assert_eq!(
+            with("late_backward = 0.25").unwrap(),
+            Recipe { late_backward: 0.25, ..good.clone() }
+        );
         for (line, says) in [
             ("late_backwards = 0.25", ["late_backwards", "`late_backward`"]),
             ("late_backward = true", ["late_backward", "boolean"]),

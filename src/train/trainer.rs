@@ -104,15 +104,16 @@ impl Trainer {
         Ok(trainer)
     }
 
-    /// Makes the model's products those of the step after `step` done ones.
-    fn set_linears(&mut self, step: u64) -> Result<()> {
+    /// Makes the model's products those of the step after `step` done ones. Whether they are others than before.
+    fn set_linears(&mut self, step: u64) -> Result<bool> {
         let RunDesc { recipe, steps, .. } = &self.desc;
         let late = recipe.late_at(step, *steps);
-        if late != self.late {
+        let changes = late != self.late;
+        if changes {
             self.model.set_linears(&recipe.late(late))?;
             self.late = late;
         }
-        Ok(())
+        Ok(changes)
     }
 
     /// Records what the next step needs of the weights: signs and draws are its own. `updated`: see [`Model::prepare`].
@@ -161,8 +162,8 @@ impl Trainer {
         let grads: Vec<&Tensor> = self.model.params.iter().map(|p| &p.grad).collect();
         let clip = self.desc.recipe.optimizer.clip_norm;
         self.norm.record(stream, &grads, 1.0 / scale, clip, &mut self.status)?;
-        // Now, so that the optimizer packs what the next step takes, and nothing else.
-        self.set_linears(self.step + 1)?;
+        // Before the update, which packs nothing then for products that are dense from now on.
+        let changed = self.set_linears(self.step + 1)?;
         let o = &self.desc.recipe.optimizer;
         self.model.update(stream, &self.status, |p| StepScalars {
             step: number,
@@ -171,7 +172,8 @@ impl Trainer {
             seed: self.desc.seed,
         })?;
         self.step += 1;
-        self.prepare(stream, true)?;
+        // If the update is skipped it may pack nothing, and what new layers have is not what it was.
+        self.prepare(stream, !changed)?;
         match self.desc.recipe.oscillation {
             Some(reset) if self.step.is_multiple_of(reset.every) => {
                 self.oscillate(stream, Action::Reset)?;
