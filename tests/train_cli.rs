@@ -361,6 +361,11 @@ fn wrong_arguments() {
     with_recipe(&recipe.replace("\"rceil\"", "\"floor\""), &["my.toml", "does not clip"]);
     with_recipe(&recipe.replace("name = \"mxfp4\"", "name = \"../../mine\""), &["my.toml", "name"]);
     with_recipe("name = ", &["my.toml"]);
+    assert!(recipe.starts_with("# late_forward = 0.18, late_backward = 0\n"), "{recipe}");
+    let late = |value: &str| format!("late_backward = {value}\n{recipe}");
+    with_recipe(&late("1.5"), &["my.toml", "late_backward = 1.5", "a share of the steps"]);
+    with_recipe(&late("\"all\""), &["my.toml", "late_backward", "expected f32"]);
+    with_recipe(&late("0.1").replace("backward =", "backwards ="), &["my.toml", "late_backwards"]);
     with_recipe(&recipe, &["two arms", "\"mxfp4\""]);
     dir.fails(1, &["none.toml"], &["--recipe", "none.toml"]);
 

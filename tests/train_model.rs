@@ -40,7 +40,10 @@ const SUITE: &[(&str, Test)] = &[
     ("weights_packed_behind_the_update_are_the_same", packed_behind),
     ("every_preset_learns", learns),
     ("a_run_goes_on_from_a_checkpoint", resumes),
-    ("late_forward_is_dense", late_forward),
+    ("late_products_are_dense", late_products),
+    ("a_dense_end_is_that_of_a_dense_run", dense_end),
+    ("a_dense_step_has_the_kernels_of_bf16", dense_kernels),
+    ("a_skipped_step_before_dense_ones_leaves_weights_packed", skipped_change),
     ("weights_that_oscillate_are_reset", oscillates),
     ("divergence_is_an_error", diverges),
 ];
@@ -1096,11 +1099,21 @@ fn resumes(ctx: &Context, step: usize) -> Result<(), Failed> {
     let mut half = recipe("f32");
     half.optimizer.moments = MomentType::Bf16;
     half.optimizer.master = Dense::Bf16;
-    // Resets before the checkpoint, at it, and after; dense from the sixth step on, and from the third.
+    // Resets before the checkpoint, at it, and after; forward is dense from the sixth step on, and from the third, gradients are
+    // from the fourth on, the ninth, and with the checkpoint.
     let resets = |every| Some(Reset { every, threshold: 1.0 });
-    let changing = Recipe { oscillation: resets(3), late_forward: 0.4, ..recipe("mxfp4") };
-    let late = Recipe { oscillation: resets(5), late_forward: 0.7, ..recipe("mixed") };
-    let recipes = [changing, recipe("mxfp4"), eight, half, recipe("bf16"), late];
+    let late = |every, late_forward, late_backward, name| Recipe {
+        oscillation: resets(every),
+        late_forward,
+        late_backward,
+        ..recipe(name)
+    };
+    let [changing, other, at] = [
+        late(3, 0.4, 0.7, "mxfp4"),
+        late(5, 0.7, 0.2, "mixed"),
+        Recipe { oscillation: None, ..late(2, 0.0, 0.5, "nvfp4") },
+    ];
+    let recipes = [changing, recipe("mxfp4"), eight, half, recipe("bf16"), other, at];
     for recipe in &recipes[..if step > 1 { 1 } else { recipes.len() }] {
         let run = run_desc(recipe.clone(), desc.clone(), 10);
         let batch = |step| repetitive_batch(&desc, step);
@@ -1132,6 +1145,12 @@ fn resumes(ctx: &Context, step: usize) -> Result<(), Failed> {
             assert!(b.tensors.get(name) == Some(tensor), "{}: {name} differs", recipe.name);
         }
         assert_eq!(a.meta, b.meta);
+        // Back from where other products are dense: the same again.
+        second.restore(Checkpoint::load(&path)?)?;
+        for step in 5..10 {
+            second.train(&batch(step), false)?;
+        }
+        assert!(state(&second)?.tensors == a.tensors, "{}", recipe.name);
         if step == 1 {
             let other = RunDesc { seed: 6, ..run };
             let mut other = Trainer::new(ctx, &other)?;
@@ -1142,26 +1161,208 @@ fn resumes(ctx: &Context, step: usize) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Weights of 10¹⁵ make scores that overflow, and the loss NaN. Those of 10³⁰ overflow in the norms, whose outputs are then
-/// zero: the loss is that of equal logits, but its gradient is not finite whatever the scale.
-/// Dense from the first step on is the recipe without a packed forward.
-fn late_forward(ctx: &Context, _: usize) -> Result<(), Failed> {
-    let desc = small(1, 1);
-    let packed = Recipe { oscillation: None, late_forward: 0.0, ..recipe("mxfp4") };
-    let mut dense = packed.clone();
-    dense.linear = dense.linear.dense_forward(Dense::Bf16);
-    let late = Recipe { late_forward: 1.0, ..packed.clone() };
-    let mut ends = Vec::new();
-    for recipe in [packed, dense, late] {
-        let mut trainer = Trainer::new(ctx, &run_desc(recipe, desc.clone(), 4))?;
-        for step in 0..4 {
-            trainer.train(&repetitive_batch(&desc, step), false)?;
-        }
-        let held_out = block_on(trainer.evaluate(std::iter::once(repetitive_batch(&desc, 9))))?;
-        ends.push((state(&trainer)?.tensors, held_out.to_bits()));
+/// Recipes with everything that a layer does besides packing, in models with experts and extra heads; the activations are f32
+/// in the last one.
+fn elaborate() -> Vec<(Recipe, ModelDesc)> {
+    let mut outliers = recipe("mxfp4");
+    let Linear { forward, dgrad, wgrad } = &mut outliers.linear;
+    forward.x.outliers = Some(4);
+    for cast in [&mut forward.x, &mut wgrad.x, &mut dgrad.dy, &mut wgrad.dy] {
+        cast.clip = Some(0.99);
     }
-    assert!(ends[1] == ends[2]);
-    assert!(ends[0] != ends[1]);
+    let mut vectors = recipe("mxfp4-backward");
+    vectors.oscillation = Some(Reset { every: 2, threshold: 1.0 });
+    vectors.linear.forward = recipe("naive").linear.forward;
+    for Linear { dgrad, wgrad, .. } in
+        vectors.layers.iter_mut().map(|layer| &mut layer.linear).chain([&mut vectors.linear])
+    {
+        for cast in [&mut dgrad.dy, &mut wgrad.dy, &mut wgrad.x] {
+            if cast.format == "mxfp4" {
+                cast.scale = Some(Scale::ThreeQuarters);
+            }
+        }
+    }
+    vectors.optimizer.master = Dense::Bf16;
+    let mut requantized = recipe("mixed");
+    requantized.linear.wgrad.x.requantized = true;
+    requantized.activations = Dense::F32;
+    let experts = Some(Experts { count: 4, top_k: 2 });
+    vec![
+        (outliers, small(1, 1)),
+        (vectors, ModelDesc { experts, ffn: 32, ..small(1, 1) }),
+        (requantized, small(1, 0)),
+    ]
+}
+
+/// A recipe that is dense throughout, and else the same.
+fn dense_throughout(of: &Recipe) -> Recipe {
+    let dense = if of.activations == Dense::F32 { "f32" } else { "bf16" };
+    let Recipe { optimizer, loss_scale, .. } = of.clone();
+    Recipe { optimizer, loss_scale, ..recipe(dense) }
+}
+
+/// Dense from the first step on is the recipe without the packed products, and bf16's if they all are; the quantizers then
+/// have nothing to count.
+fn late_products(ctx: &Context, step: usize) -> Result<(), Failed> {
+    let cases = [vec![(recipe("mxfp4"), small(1, 1))], elaborate()].concat();
+    for (base, desc) in cases.into_iter().take(if step > 1 { 2 } else { 4 }) {
+        let name = &base.name;
+        let plain = Recipe { oscillation: None, late_forward: 0.0, ..base.clone() };
+        let late = |forward: f32, backward: f32| Recipe {
+            late_forward: forward,
+            late_backward: backward,
+            ..base.clone()
+        };
+        let with_products = |forward: bool, backward: bool| {
+            let mut recipe = plain.clone();
+            let dense = dense_throughout(&plain).linear;
+            for linear in
+                recipe.layers.iter_mut().map(|layer| &mut layer.linear).chain([&mut recipe.linear])
+            {
+                if forward {
+                    linear.forward = dense.forward.clone();
+                    linear.wgrad.x.requantized = false;
+                }
+                if backward {
+                    linear.dgrad = dense.dgrad.clone();
+                    linear.wgrad = dense.wgrad.clone();
+                }
+            }
+            recipe
+        };
+        let mut backward = with_products(false, true);
+        backward.oscillation = base.oscillation;
+        let pairs = [
+            (dense_throughout(&base), late(1.0, 1.0), [false; 2]),
+            (backward, late(0.0, 1.0), [true, false]),
+            (with_products(true, false), late(1.0, 0.0), [true; 2]),
+        ];
+        let mut ends = Vec::new();
+        for (want, late, packs) in pairs.into_iter().take(if step > 1 { 1 } else { 3 }) {
+            let run = |recipe| -> Result<_, Failed> {
+                let mut trainer = Trainer::new(ctx, &run_desc(recipe, desc.clone(), 4))?;
+                let mut losses = Vec::new();
+                for step in 0..4 {
+                    trainer.train(&repetitive_batch(&desc, step), step == 3)?;
+                    losses.push(block_on(trainer.status())?);
+                }
+                let counters = [&trainer.model.counters.x, &trainer.model.counters.dy];
+                let counted = counters.map(|ids| ctx.read_ids_blocking(ids));
+                let [x, dy] = counted.map(|words| words.map(|w| w.iter().any(|n| *n > 0)));
+                let counted = [x?, dy?];
+                let held_out = std::iter::once(repetitive_batch(&desc, 9));
+                let held_out = block_on(trainer.evaluate(held_out))?.to_bits();
+                Ok((state(&trainer)?.tensors, losses, held_out, counted))
+            };
+            let (want, got) = (run(want)?, run(late.clone())?);
+            let shares = [late.late_forward, late.late_backward];
+            for (of, tensor) in &want.0 {
+                assert!(got.0.get(of) == Some(tensor), "{name} {shares:?}: {of} differs");
+            }
+            assert_eq!((&want.1, want.2), (&got.1, got.2), "{name} {shares:?}");
+            assert_eq!((want.3, got.3), (packs, packs), "{name} {shares:?}");
+            assert!(!ends.contains(&got.1), "{name} {shares:?}");
+            ends.push(got.1);
+        }
+    }
+    Ok(())
+}
+
+/// From the step on from which everything is dense, a run is one in the dense recipe, whose state is the same.
+fn dense_end(ctx: &Context, step: usize) -> Result<(), Failed> {
+    let cases = [elaborate(), vec![(recipe("mxfp4"), small(1, 1))]].concat();
+    for (base, desc) in cases.into_iter().take(if step > 1 { 1 } else { 4 }) {
+        let recipe = Recipe { late_forward: 0.7, late_backward: 0.5, ..base };
+        let run = run_desc(recipe.clone(), desc.clone(), 6);
+        let mut late = Trainer::new(ctx, &run)?;
+        for step in 0..3 {
+            late.train(&repetitive_batch(&desc, step), false)?;
+        }
+        let mut dense = Trainer::new(ctx, &RunDesc { recipe: dense_throughout(&recipe), ..run })?;
+        let mut checkpoint = state(&late)?;
+        let other = state(&dense)?;
+        checkpoint.meta.insert("recipe".into(), other.meta["recipe"].clone());
+        dense.restore(checkpoint)?;
+        for step in 3..6 {
+            for trainer in [&mut late, &mut dense] {
+                trainer.train(&repetitive_batch(&desc, step), true)?;
+            }
+            let [a, b] = [block_on(late.status())?, block_on(dense.status())?];
+            assert_eq!(a, b, "{}", recipe.name);
+            for shares in block_on(late.shares())? {
+                assert_eq!(shares, Default::default(), "{}", recipe.name);
+            }
+        }
+        let (a, b) = (state(&late)?, state(&dense)?);
+        for (name, tensor) in &b.tensors {
+            assert!(a.tensors.get(name) == Some(tensor), "{}: {name} differs", recipe.name);
+        }
+        assert_eq!(late.model.tiers(), dense.model.tiers());
+        // And so is what it writes.
+        let text = |trainer: &Trainer| block_on(trainer.generate(&[3, 14, 9], 2, 0.0));
+        assert_eq!(text(&late)?, text(&dense)?);
+    }
+    Ok(())
+}
+
+/// Where everything is dense, nothing but what the dense recipe records is recorded.
+fn dense_kernels(ctx: &Context, step: usize) -> Result<(), Failed> {
+    let experts = Some(Experts { count: 4, top_k: 2 });
+    let routed = ModelDesc { experts, ffn: 32, ..small(1, 0) };
+    for desc in [small(1, 1), routed].into_iter().take(if step > 1 { 1 } else { 2 }) {
+        let base = recipe("mxfp4");
+        let dense = dense_throughout(&base);
+        let mut all = Vec::new();
+        for recipe in [Recipe { late_forward: 0.4, late_backward: 0.4, ..base }, dense] {
+            let mut trainer = Trainer::new(ctx, &run_desc(recipe, desc.clone(), 3))?;
+            let mut kernels = Vec::new();
+            for step in 0..3 {
+                let batch = repetitive_batch(&desc, step);
+                let profile = microscaling::report::profile(ctx, |stream| {
+                    trainer.record(stream, &batch, true)
+                });
+                let names = match block_on(profile) {
+                    // The CPU engine has no clock of kernels, nor have some adapters.
+                    Err(Error::Unsupported { .. }) => return Ok(()),
+                    profile => profile?.into_iter().map(|(name, times, _)| (name, times)),
+                };
+                kernels.push(names.collect::<BTreeMap<String, u64>>());
+            }
+            all.push(kernels);
+        }
+        let [late, dense] = &all[..] else { unreachable!() };
+        assert!(late[0] != dense[0], "{:?}", late[0]);
+        // The optimizer of the last packed step packs no more.
+        let quantizers = |of: &BTreeMap<String, u64>| -> u64 {
+            of.iter().filter(|(name, _)| name.contains("quantize")).map(|(_, times)| times).sum()
+        };
+        assert!(quantizers(&late[1]) < quantizers(&late[0]), "{:?}", late[1]);
+        assert_eq!(late[2..], dense[2..]);
+        assert_eq!(quantizers(&dense[2]), 0);
+    }
+    Ok(())
+}
+
+/// Columns are such that the update packs on GPUs, which it does not where it is skipped. What stays packed is what it was.
+fn skipped_change(ctx: &Context, _: usize) -> Result<(), Failed> {
+    let desc = ModelDesc { dim: 128, ffn: 128, batch: 1, ..small(1, 0) };
+    let recipe = Recipe { late_forward: 0.0, late_backward: 0.5, ..recipe("mxfp4") };
+    let mut trainer = Trainer::new(ctx, &run_desc(recipe, desc.clone(), 2))?;
+    let packed = |trainer: &Trainer| -> Result<Vec<MxTensor>, Error> {
+        let weights = trainer.model.linears().filter_map(|(_, linear)| linear.packed_weight());
+        weights.map(|w| ctx.read_mx_blocking(w)).collect()
+    };
+    let before = (packed(&trainer)?, trainer.model.tiers());
+    assert!(before.0.len() == 4);
+    let embedding = &mut trainer.model.params[0];
+    assert_eq!(embedding.name, "embedding");
+    let [rows, cols] = embedding.value.shape();
+    let nan = vec![f32::NAN; rows * cols];
+    embedding.value = ctx.upload(F32, rows, cols, &narrowed(F32, &nan))?;
+    trainer.train(&repetitive_batch(&desc, 0), false)?;
+    assert!(block_on(trainer.status()).is_err());
+    let after = (packed(&trainer)?, trainer.model.tiers());
+    assert!(before.0 == after.0 && before.1 != after.1, "{:?}", after.1);
     Ok(())
 }
 
@@ -1187,6 +1388,8 @@ fn oscillates(ctx: &Context, _: usize) -> Result<(), Failed> {
     Ok(())
 }
 
+/// Weights of 10¹⁵ make scores that overflow, and the loss NaN. Those of 10³⁰ overflow in the norms, whose outputs are then
+/// zero: the loss is that of equal logits, but its gradient is not finite whatever the scale.
 fn diverges(ctx: &Context, step: usize) -> Result<(), Failed> {
     let desc = learner();
     let cases =

@@ -49,7 +49,8 @@ struct Args {
     /// of --recipe
     #[arg(long, value_delimiter = ',', default_value = "bf16,mxfp4,naive")]
     arms: Vec<String>,
-    /// Recipes from files, each an arm more
+    /// Recipes from files, each an arm more; late_forward and late_backward are the shares of the steps, at the end, whose forward products, and
+    /// whose dX and dW, are dense
     #[arg(long, value_name = "FILE", num_args = 1..)]
     recipe: Vec<PathBuf>,
     /// Print a preset as a file for --recipe, and leave
@@ -154,7 +155,11 @@ fn run() -> Result<()> {
     // The CPU engine's steps are many short parallel loops: this thread takes part in them, and need not be woken after each.
     rayon::ThreadPoolBuilder::new().use_current_thread().build_global()?;
     if let Some(name) = &args.show_recipe {
-        print!("{}", Recipe::preset(name)?.to_toml()?);
+        let recipe = Recipe::preset(name)?;
+        // What is 0 has no line of its own.
+        let Recipe { late_forward, late_backward, .. } = recipe;
+        let late = format!("# late_forward = {late_forward}, late_backward = {late_backward}");
+        print!("{late}\n{}", recipe.to_toml()?);
         return Ok(());
     }
     if !args.report.is_empty() {

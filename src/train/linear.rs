@@ -462,7 +462,12 @@ impl MxLinear {
         recipe: &Linear,
         scratch: &mut Scratch,
     ) -> Result<MxLinear> {
-        MxLinear::new(ctx, &self.desc, recipe, self.layer, self.accumulate, scratch)
+        let Self { desc, layer, accumulate, .. } = self;
+        let mut linear = MxLinear::new(ctx, desc, recipe, *layer, *accumulate, scratch)?;
+        if self.kept.is_some() {
+            linear.keep_operands(ctx)?;
+        }
+        Ok(linear)
     }
 
     /// What it does.
@@ -481,6 +486,12 @@ impl MxLinear {
     /// Whether backward needs X itself.
     pub fn keeps_x(&self) -> bool {
         matches!(self.x_columns, Made::AsIs(_))
+    }
+
+    /// A tensor for X, where backward needs X itself.
+    pub fn x_to_keep(&self, ctx: &Context) -> Result<Option<Tensor>> {
+        let LinearDesc { rows, k, x, .. } = self.desc;
+        self.keeps_x().then(|| ctx.zeros(x, rows, k)).transpose()
     }
 
     /// Keeps copies of x and dy from now on, to be measured.

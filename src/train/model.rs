@@ -32,7 +32,7 @@ use crate::rng;
 use crate::{Error, Result};
 
 use super::linear::{Draws, LinearDesc, MxLinear, Scratch, Step};
-use super::recipe::{Dense, Recipe};
+use super::recipe::Recipe;
 
 /// The sizes of a model and of its batch.
 #[derive(Clone, Debug, PartialEq)]
@@ -426,10 +426,6 @@ impl Maker<'_> {
                 })
             }
         };
-        let kept = |linear: &MxLinear, rows, cols| match linear.keeps_x() {
-            true => ctx.zeros(act, rows, cols).map(Some),
-            false => Ok(None),
-        };
         Ok(Block {
             norm1,
             norm2,
@@ -441,9 +437,9 @@ impl Maker<'_> {
             lse: ctx.zeros(DType::F32, t, heads)?,
             rotated: ctx.zeros(act, t, 3 * dim)?,
             gu: ctx.zeros(act, rows, 2 * ffn)?,
-            y1: kept(&qkv.1, t, dim)?,
-            y2: kept(&gate_up.1, rows, dim)?,
-            h: kept(&down.1, rows, ffn)?,
+            y1: qkv.1.x_to_keep(ctx)?,
+            y2: gate_up.1.x_to_keep(ctx)?,
+            h: down.1.x_to_keep(ctx)?,
             qkv,
             out,
             gate_up,
@@ -629,13 +625,21 @@ impl Model {
         self.linears_mut().try_for_each(|(_, linear)| linear.keep_operands(&ctx))
     }
 
-    /// Makes the forward products dense from now on; weights are to be prepared again.
-    pub fn dense_forward(&mut self, dense: Dense) -> Result<()> {
-        let Model { ctx, blocks, extra, heads, head, scratch, .. } = self;
-        for (_, linear) in all_linears(blocks, extra, heads, *head) {
-            let recipe = linear.recipe().dense_forward(dense);
-            if recipe != *linear.recipe() {
-                *linear = linear.with_recipe(ctx, &recipe, scratch)?;
+    /// Lets the linear layers do what this recipe says from now on; weights are to be prepared again. Nothing else of
+    /// the recipe is taken. Experts' slots stay as they are padded: for no longer blocks or transforms than there were.
+    pub fn set_linears(&mut self, recipe: &Recipe) -> Result<()> {
+        let Model { ctx, params, blocks, extra, heads, head, scratch, .. } = self;
+        for (id, linear) in all_linears(blocks, extra, heads, *head) {
+            let recipe = recipe.layer(&params[id].name);
+            if recipe != linear.recipe() {
+                *linear = linear.with_recipe(ctx, recipe, scratch)?;
+            }
+        }
+        for Block { qkv, gate_up, down, y1, y2, h, .. } in blocks.iter_mut().chain(extra) {
+            for (kept, (_, linear)) in [(y1, qkv), (y2, gate_up), (h, down)] {
+                if kept.is_some() != linear.keeps_x() {
+                    *kept = linear.x_to_keep(ctx)?;
+                }
             }
         }
         Ok(())

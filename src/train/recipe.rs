@@ -21,10 +21,15 @@ pub struct Recipe {
     pub name: String,
     /// The type of activations and their gradients between kernels; the residual stream is f32.
     pub activations: Dense,
-    /// The share of the steps, at the end, whose forward products are dense, in the type of the activations; the backward ones
-    /// stay as they are. 0: none.
+    /// The share of the steps, at the end, whose forward products are dense, in the type of the activations: of all layers,
+    /// the routers and the head too. 0: none.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub late_forward: f32,
+    /// The same of dgrad and wgrad ("FP4 All the Way", arXiv 2505.19115, ends so). It may be longer than `late_forward`: the
+    /// gradients are then those of the forward pass as if it had quantized nothing. Where both are dense, steps are those of a
+    /// dense recipe, bit for bit.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub late_backward: f32,
     /// Linear layers, but for those below.
     pub linear: Linear,
     /// Layers that differ; of those whose pattern matches, the last counts.
@@ -200,6 +205,15 @@ pub enum Signs {
     Fixed,
     /// Random, fresh every step.
     Step,
+}
+
+/// Which products of a step are dense, whatever their casts are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Late {
+    /// Y = X · Wᵀ.
+    pub forward: bool,
+    /// dX = dY · W and dW = dYᵀ · X.
+    pub backward: bool,
 }
 
 /// When weights count as oscillating; see [`crate::kernels::oscillation`].
@@ -494,11 +508,18 @@ impl Linear {
         }
     }
 
-    /// The same with a dense forward product.
-    pub fn dense_forward(&self, dense: Dense) -> Linear {
-        let cast = || Cast::plain(dense.name());
-        let mut linear = Linear { forward: Forward { x: cast(), w: cast() }, ..self.clone() };
-        linear.wgrad.x.requantized = false;
+    /// The same with these products dense.
+    pub fn late(&self, late: Late, dense: Dense) -> Linear {
+        let dense = Linear::dense(dense.name());
+        let mut linear = self.clone();
+        if late.forward {
+            linear.forward = dense.forward;
+            // Of what forward takes, which is X itself.
+            linear.wgrad.x.requantized = false;
+        }
+        if late.backward {
+            (linear.dgrad, linear.wgrad) = (dense.dgrad, dense.wgrad);
+        }
         linear
     }
 
@@ -666,6 +687,7 @@ impl Recipe {
             linear,
             layers,
             late_forward: if fp4_weights { 0.18 } else { 0.0 },
+            late_backward: 0.0,
             oscillation: fp4_weights.then(Reset::default),
             optimizer: Optimizer::default(),
             loss_scale: LossScale::default(),
@@ -711,11 +733,14 @@ impl Recipe {
                 .validate()
                 .map_err(|error| Error::Recipe(format!("layer {:?}: {error}", layer.name)))?;
         }
-        if !(0.0..=1.0).contains(&self.late_forward) {
-            return Err(Error::Recipe(format!(
-                "late_forward = {}, expected a share from 0 to 1",
-                self.late_forward
-            )));
+        for (name, share) in
+            [("late_forward", self.late_forward), ("late_backward", self.late_backward)]
+        {
+            if !(0.0..=1.0).contains(&share) {
+                return Err(Error::Recipe(format!(
+                    "{name} = {share}, expected a share of the steps, from 0 to 1"
+                )));
+            }
         }
         if let Some(Reset { every, threshold }) = self.oscillation {
             if every < 2 || threshold.is_nan() || threshold < 1.0 {
@@ -757,6 +782,25 @@ impl Recipe {
             )));
         }
         Ok(())
+    }
+
+    /// Which products are dense in the step after `step` of `steps` done ones.
+    pub fn late_at(&self, step: u64, steps: u64) -> Late {
+        let is_late = |share: f32| {
+            let last = (f64::from(share) * steps as f64).round() as u64;
+            last > 0 && step.saturating_add(last) >= steps
+        };
+        Late { forward: is_late(self.late_forward), backward: is_late(self.late_backward) }
+    }
+
+    /// The same with these products dense, in the type of the activations.
+    pub fn late(&self, late: Late) -> Recipe {
+        let mut recipe = self.clone();
+        for linear in recipe.layers.iter_mut().map(|layer| &mut layer.linear) {
+            *linear = linear.late(late, self.activations);
+        }
+        recipe.linear = self.linear.late(late, self.activations);
+        recipe
     }
 
     /// What any of its layers do.
@@ -836,7 +880,7 @@ mod tests {
     fn what_cannot_be_is_an_error() {
         let good = Recipe::preset("mxfp4").unwrap();
         type Broken = (&'static str, fn(&mut Recipe));
-        let broken: [Broken; 19] = [
+        let broken: [Broken; 22] = [
             ("activations and gradients", |r| r.linear.dgrad.w.scale = Some(Scale::ThreeQuarters)),
             ("three quarters of them", |r| {
                 r.linear.forward.x.scale = Some(Scale::ThreeQuarters);
@@ -847,10 +891,13 @@ mod tests {
             }),
             ("for wgrad.x only", |r| r.linear.dgrad.dy.requantized = true),
             ("two MX formats", |r| {
-                r.linear = r.linear.dense_forward(Dense::Bf16);
+                r.linear.forward = Linear::dense("bf16").forward;
                 r.linear.wgrad.x.requantized = true;
             }),
-            ("late_forward", |r| r.late_forward = 1.5),
+            ("late_forward = 1.5, expected a share", |r| r.late_forward = 1.5),
+            ("late_backward = 1.5, expected a share", |r| r.late_backward = 1.5),
+            ("late_backward = -0.1", |r| r.late_backward = -0.1),
+            ("late_backward = NaN", |r| r.late_backward = f32::NAN),
             ("at least 2", |r| r.oscillation = Some(Reset { every: 1, ..Default::default() })),
             ("transformed weights", |r| {
                 r.oscillation = Some(Reset::default());
@@ -882,5 +929,55 @@ mod tests {
         }
         let unknown = good.to_toml().unwrap().replace("clip_norm", "clip_morn");
         assert!(Recipe::parse(&unknown).unwrap_err().to_string().contains("clip_morn"));
+        let with = |line: &str| Recipe::parse(&format!("{line}\n{}", good.to_toml().unwrap()));
+        assert_eq!(
+            with("late_backward = 0.25").unwrap(),
+            Recipe { late_backward: 0.25, ..good.clone() }
+        );
+        for (line, says) in [
+            ("late_backwards = 0.25", ["late_backwards", "`late_backward`"]),
+            ("late_backward = true", ["late_backward", "boolean"]),
+            ("late_backward = 7", ["late_backward = 7", "from 0 to 1"]),
+        ] {
+            let error = with(line).unwrap_err().to_string();
+            assert!(says.iter().all(|text| error.contains(text)), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn late_products_are_dense() {
+        let at = |late_forward, late_backward, step, steps| {
+            let recipe = Recipe { late_forward, late_backward, ..Recipe::preset("mxfp4").unwrap() };
+            let Late { forward, backward } = recipe.late_at(step, steps);
+            [forward, backward]
+        };
+        // Half a step is one; the shares are each other's equals.
+        assert_eq!(at(0.0, 0.0, 10, 10), [false, false]);
+        assert_eq!(at(0.04, 0.05, 9, 10), [false, true]);
+        assert_eq!(at(0.04, 0.05, 8, 10), [false, false]);
+        assert_eq!(at(0.7, 0.2, 7, 10), [true, false]);
+        assert_eq!(at(0.7, 0.2, 8, 10), [true, true]);
+        assert_eq!(at(1.0, 0.0, 0, 10), [true, false]);
+        assert_eq!(at(0.0, 1.0, 0, 10), [false, true]);
+        assert_eq!(at(0.1, 0.1, 11, 10), [true, true]);
+        for name in PRESETS {
+            let mut recipe = Recipe::preset(name).unwrap();
+            if name == "mxfp8" {
+                recipe.linear.wgrad.x.requantized = true;
+            }
+            assert_eq!(recipe.late(Late::default()), recipe);
+            for (forward, backward) in [(true, false), (false, true), (true, true)] {
+                let late = recipe.late(Late { forward, backward });
+                late.validate().unwrap();
+                let dense = Linear::dense(recipe.activations.name());
+                for (linear, was) in late.linears().zip(recipe.linears()) {
+                    assert_eq!(linear.forward, if forward { &dense } else { was }.forward.clone());
+                    assert_eq!(linear.dgrad, if backward { &dense } else { was }.dgrad.clone());
+                    let mut wgrad = if backward { &dense } else { was }.wgrad.clone();
+                    wgrad.x.requantized &= !forward;
+                    assert_eq!(linear.wgrad, wgrad);
+                }
+            }
+        }
     }
 }

@@ -13,7 +13,7 @@ use crate::{Error, Result};
 use super::checkpoint::{Checkpoint, Dtype};
 use super::linear::Draws;
 use super::model::{Model, ModelDesc, Pass};
-use super::recipe::Recipe;
+use super::recipe::{Late, Recipe};
 
 /// What a run is.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,8 +41,8 @@ pub struct Trainer {
     /// What the norm says; see [`GradientNorm`].
     status: Tensor,
     step: u64,
-    /// Whether forward is dense by now: see [`Recipe::late_forward`].
-    late: bool,
+    /// Which of the model's products are dense by now: see [`Recipe::late_forward`].
+    late: Late,
     /// log2 of the loss scale.
     exponent: i32,
     /// The step at which the exponent changed last, or a gradient was not finite.
@@ -90,27 +90,34 @@ impl Trainer {
             status: ctx.zeros(DType::F32, 1, 4)?,
             model,
             step: 0,
-            late: false,
+            late: Late::default(),
             exponent: desc.recipe.loss_scale.initial,
             steady_since: 0,
             bad: 0,
             desc: desc.clone(),
         };
         let mut stream = ctx.stream();
+        trainer.set_linears(0)?;
         trainer.prepare(&mut stream, false)?;
         trainer.oscillate(&mut stream, Action::Start)?;
         ctx.submit(stream)?;
         Ok(trainer)
     }
 
+    /// Makes the model's products those of the step after `step` done ones. Whether they are others than before.
+    fn set_linears(&mut self, step: u64) -> Result<bool> {
+        let RunDesc { recipe, steps, .. } = &self.desc;
+        let late = recipe.late_at(step, *steps);
+        let changes = late != self.late;
+        if changes {
+            self.model.set_linears(&recipe.late(late))?;
+            self.late = late;
+        }
+        Ok(changes)
+    }
+
     /// Records what the next step needs of the weights: signs and draws are its own. `updated`: see [`Model::prepare`].
     fn prepare(&mut self, stream: &mut Stream<'_>, updated: bool) -> Result<()> {
-        let Recipe { activations, late_forward, .. } = self.desc.recipe;
-        let late = (f64::from(late_forward) * self.desc.steps as f64).round() as u64;
-        if !self.late && late > 0 && self.step + late >= self.desc.steps {
-            self.late = true;
-            self.model.dense_forward(activations)?;
-        }
         let draws = Draws { seed: self.desc.seed, step: self.step as u32 + 1 };
         self.model.prepare(stream, draws, updated)
     }
@@ -148,13 +155,16 @@ impl Trainer {
     pub fn record(&mut self, stream: &mut Stream<'_>, tokens: &[u32], count: bool) -> Result<()> {
         let number = self.step as u32 + 1;
         let draws = Draws { seed: self.desc.seed, step: number };
-        let o = &self.desc.recipe.optimizer;
         let lr = self.learning_rate(self.step);
         self.model.set_batch(tokens)?;
         let scale = 2f32.powi(self.exponent);
         self.model.record(stream, Pass { draws, count }, Some(scale))?;
         let grads: Vec<&Tensor> = self.model.params.iter().map(|p| &p.grad).collect();
-        self.norm.record(stream, &grads, 1.0 / scale, o.clip_norm, &mut self.status)?;
+        let clip = self.desc.recipe.optimizer.clip_norm;
+        self.norm.record(stream, &grads, 1.0 / scale, clip, &mut self.status)?;
+        // Before the update, which packs nothing then for products that are dense from now on.
+        let changed = self.set_linears(self.step + 1)?;
+        let o = &self.desc.recipe.optimizer;
         self.model.update(stream, &self.status, |p| StepScalars {
             step: number,
             lr,
@@ -162,7 +172,8 @@ impl Trainer {
             seed: self.desc.seed,
         })?;
         self.step += 1;
-        self.prepare(stream, true)?;
+        // If the update is skipped it may pack nothing, and what new layers have is not what it was.
+        self.prepare(stream, !changed)?;
         match self.desc.recipe.oscillation {
             Some(reset) if self.step.is_multiple_of(reset.every) => {
                 self.oscillate(stream, Action::Reset)?;
@@ -249,7 +260,7 @@ impl Trainer {
     pub async fn generate(&self, prompt: &[u8], count: usize, temperature: f64) -> Result<Vec<u8>> {
         let ModelDesc { seq, vocabulary, .. } = self.desc.model;
         // Transforms along the tokens divide them.
-        let recipe = &self.desc.recipe;
+        let recipe = &self.desc.recipe.late(self.late);
         let sizes = recipe.linears().filter_map(|linear| linear.wgrad.x.hadamard);
         let unit = sizes.fold(32, |unit, size| unit.max(size as usize));
         let batch = (1..unit).find(|batch| (batch * seq).is_multiple_of(unit)).unwrap_or(unit);
@@ -262,9 +273,6 @@ impl Trainer {
         }
         for (to, from) in model.biases_mut().zip(self.model.biases()) {
             to.1.data.write(&self.ctx, &self.ctx.read(from.1).await?)?;
-        }
-        if self.late {
-            model.dense_forward(recipe.activations)?;
         }
         let draws = Draws { seed: self.desc.seed, step: self.step as u32 + 1 };
         let mut stream = self.ctx.stream();
@@ -373,6 +381,7 @@ impl Trainer {
         self.exponent = checkpoint.value("loss_scale")?;
         self.steady_since = checkpoint.value("steady_since")?;
         self.bad = checkpoint.value("bad")?;
+        self.set_linears(self.step)?;
         let mut stream = ctx.stream();
         self.prepare(&mut stream, false)?;
         ctx.submit(stream)
