@@ -1,7 +1,7 @@
 //! The anchors of an MX tensor: the largest scale of every line, which products decode relative to. Kept with the tensor,
-//! made by what writes the scales: on the host and on the CPU engine [`anchors`]; on a GPU every quantizing kernel, AdamW's
-//! too, as it writes a block's scale (`shaders/lib/anchors.wgsl`, by [`fragment`]); and behind a product with a packed
-//! output [`record`], whose kernel reads the scales again.
+//! made by what writes the scales: on the host and on the CPU engine `anchors`; on a GPU every quantizing kernel, AdamW's
+//! too, as it writes a block's scale (`shaders/lib/anchors.wgsl`, by `fragment`); and behind a product with a packed
+//! output `record`, whose kernel reads the scales again.
 //!
 //! **Exact**. Shaders: `shaders/lib/anchors.wgsl`, `shaders/anchors.wgsl`.
 
