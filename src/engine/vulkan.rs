@@ -76,7 +76,7 @@ pub(crate) struct Extras {
     pub(crate) bf16: bool,
     /// Products in bytes. Of integers they need nothing: wgpu enables shaderInt8 where it is.
     pub(crate) bytes: Option<ByteMatrices>,
-    /// Conversions of E2M1 to f16, and what else VK_EXT_shader_ocp_microscaling_types has here.
+    /// Conversions of E2M1 to f16, of VK_EXT_shader_ocp_microscaling_types.
     pub(crate) ocp: bool,
     pub(crate) external_semaphores: bool,
 }

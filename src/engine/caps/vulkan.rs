@@ -219,7 +219,7 @@ pub(crate) fn e2m1_conversion(features: Option<&OcpFeatures>) -> Result<String, 
     }
 }
 
-/// The features of an adapter that can convert E2M1 codes to f16.
+/// What an adapter that can convert E2M1 codes to f16 is opened with: shaderFloat4 alone.
 #[cfg(not(target_vendor = "apple"))]
 pub(crate) fn e2m1_conversion_of(adapter: &wgpu::Adapter) -> Option<OcpFeatures> {
     // SAFETY: the adapter handle is only used within this function, while `adapter` is alive.
@@ -228,7 +228,10 @@ pub(crate) fn e2m1_conversion_of(adapter: &wgpu::Adapter) -> Option<OcpFeatures>
         return None;
     }
     let (instance, device) = (hal.shared_instance().raw_instance(), hal.raw_physical_device());
-    Some(OcpFeatures::of(instance, device)).filter(|ocp| e2m1_conversion(Some(ocp)).is_ok())
+    let mut ocp = OcpFeatures::of(instance, device);
+    e2m1_conversion(Some(&ocp)).ok()?;
+    ocp.types = [vk::TRUE, vk::FALSE, vk::FALSE, vk::FALSE];
+    Some(ocp)
 }
 
 /// How many positions a usable product of cooperative matrices in E4M3 contracts, or why there is none. Usable: by a subgroup,

@@ -291,7 +291,10 @@ impl Gpu {
         match fragments {
             Err([_, has]) => Some(has),
             Ok((Fragments::Spirv, _)) if self.e2m1_conversion => None,
-            Ok(_) => Some("the device takes no SPIR-V as it is, or was opened without".into()),
+            Ok(_) => Some(
+                "its matrices are not 16x16x16 by SPIR-V, as it is, through Vulkan, or the device was opened without"
+                    .into(),
+            ),
         }
     }
 }
