@@ -118,6 +118,6 @@ pub fn tables(results: &[Value]) -> String {
         out.push('\n');
     }
     out += "\nA cell is the median time, the rate, and its share of the measured peak of the tier's unit: packed dot for the \
-            exact tier, cooperative matrix for tensor, f32 fma for alu.\n";
+            exact tier, cooperative matrix for tensor (of bytes where it computes in those), f32 fma for alu.\n";
     out
 }

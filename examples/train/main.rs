@@ -45,12 +45,12 @@ struct Args {
     /// Take at most so many megabytes of it
     #[arg(long, value_name = "MB", default_value_t = 512)]
     data_limit: usize,
-    /// The recipes to compare, of bf16, f32, mxfp4, mxfp4-backward, mixed, nvfp4, mxfp8, naive; the first is the baseline; "" for none but those
-    /// of --recipe
+    /// The recipes to compare, of bf16, f32, mxfp4, mxfp4-backward, mixed, nvfp4, mxfp8, naive; the first is the baseline; ""
+    /// for none but those of --recipe
     #[arg(long, value_delimiter = ',', default_value = "bf16,mxfp4,naive")]
     arms: Vec<String>,
-    /// Recipes from files, each an arm more; late_forward and late_backward are the shares of the steps, at the end, whose forward products, and
-    /// whose dX and dW, are dense
+    /// Recipes from files, each an arm more; late_forward and late_backward are the shares of the steps, at the end, whose
+    /// forward products, and whose dX and dW, are dense
     #[arg(long, value_name = "FILE", num_args = 1..)]
     recipe: Vec<PathBuf>,
     /// Print a preset as a file for --recipe, and leave

@@ -249,48 +249,42 @@ pub(crate) fn e4m3_matrices(
         }
         Some(_) => {}
     }
-    let fp8 = |c: &&Configuration| {
+    let [e4m3, f32] = [vk::ComponentTypeKHR::from_raw(FLOAT8_E4M3), vk::ComponentTypeKHR::FLOAT32];
+    let fp8 = |c: &Configuration| {
         c.types[..2].iter().any(|t| [FLOAT8_E4M3, FLOAT8_E5M2].contains(&t.as_raw()))
     };
-    let usable = |c: &&Configuration, k: u32| {
-        let [a, b, sums @ ..] = c.types;
-        c.subgroup
-            && c.size == [16, 16, k]
-            && [a.as_raw(), b.as_raw()] == [FLOAT8_E4M3; 2]
-            && sums == [vk::ComponentTypeKHR::FLOAT32; 2]
-    };
-    // Fewer instructions with the longer one.
-    [32, 16].into_iter().find(|k| list.iter().any(|c| usable(&c, *k))).ok_or_else(|| {
-        let found: Vec<_> = list.iter().filter(fp8).map(Configuration::to_string).collect();
-        match found.is_empty() {
-            true => {
-                "VK_EXT_shader_float8 is there, but no cooperative configuration uses FP8".into()
-            }
-            false => format!(
-                "16x16x32 or 16x16x16 e4m3·e4m3→f32 of a subgroup is needed, the driver lists {}",
-                found.join(", ")
-            ),
-        }
-    })
+    let none = "VK_EXT_shader_float8 is there, but no cooperative configuration uses FP8";
+    contracted(list, [e4m3, e4m3, f32, f32], fp8, none)
 }
 
 /// The same of signed integers of eight bits, with i32 sums. `int8`: shaderInt8.
 pub(crate) fn i8_matrices(int8: bool, list: &[Configuration]) -> Result<u32, String> {
-    let integers = |c: &&Configuration| {
-        let [a, b, sums @ ..] = c.types;
-        [a, b] == [vk::ComponentTypeKHR::SINT8; 2] && sums == [vk::ComponentTypeKHR::SINT32; 2]
-    };
-    let usable =
-        |k: &u32| list.iter().filter(integers).any(|c| c.subgroup && c.size == [16, 16, *k]);
     if !int8 {
         return Err("shaderInt8 is not there".into());
     }
+    let [i8, i32] = [vk::ComponentTypeKHR::SINT8, vk::ComponentTypeKHR::SINT32];
+    let types = [i8, i8, i32, i32];
+    contracted(list, types, |c| c.types == types, "no cooperative configuration is i8·i8→i32")
+}
+
+/// How many positions a subgroup's product of 16×16 outputs of these types contracts; if there is none, what the driver lists
+/// that is `like` it, or `none`.
+fn contracted(
+    list: &[Configuration],
+    types: [vk::ComponentTypeKHR; 4],
+    like: impl Fn(&Configuration) -> bool,
+    none: &str,
+) -> Result<u32, String> {
+    let usable =
+        |k: &u32| list.iter().any(|c| c.subgroup && c.size == [16, 16, *k] && c.types == types);
+    // Fewer instructions with the longer one.
     [32, 16].into_iter().find(usable).ok_or_else(|| {
-        let found: Vec<_> = list.iter().filter(integers).map(Configuration::to_string).collect();
+        let found: Vec<_> = list.iter().filter(|c| like(c)).map(Configuration::to_string).collect();
+        let [a, b, _, sums] = types.map(component);
         match found.is_empty() {
-            true => "no cooperative configuration is i8·i8→i32".into(),
+            true => none.into(),
             false => format!(
-                "16x16x32 or 16x16x16 i8·i8→i32 of a subgroup is needed, the driver lists {}",
+                "16x16x32 or 16x16x16 {a}·{b}→{sums} of a subgroup is needed, the driver lists {}",
                 found.join(", ")
             ),
         }

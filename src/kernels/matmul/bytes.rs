@@ -21,8 +21,8 @@
 
 use super::gpu::operand_constants;
 use super::tier::{self, SKINNY};
-use super::{Input, Matmul, MatmulDesc, Operand, Tier, Values};
-use crate::engine::buffer::{DType, STATE_WORDS};
+use super::{Matmul, MatmulDesc, Operand, Tier, Values};
+use crate::engine::buffer::{DType, DeviceMxTensor, STATE_WORDS};
 use crate::engine::gpu::{Gpu, Scratch};
 use crate::engine::shader::{Binding, E4M3_FRAGMENTS, I8_FRAGMENTS, Kernel, Source, shader};
 use crate::engine::{Context, Engine, Stream};
@@ -64,6 +64,14 @@ impl Byte {
         match self {
             Byte::E4m3 => usize::MAX,
             Byte::I8 => i32::MAX as usize / (96 * 96),
+        }
+    }
+
+    /// What an element is, for kernels without cooperative matrices.
+    pub(super) fn emulation(self) -> &'static str {
+        match self {
+            Byte::E4m3 => shader!("lib/byte_e4m3.wgsl"),
+            Byte::I8 => shader!("lib/byte_i8.wgsl"),
         }
     }
 
@@ -215,35 +223,31 @@ pub(super) fn memory(desc: &MatmulDesc) -> usize {
     packed_bytes([desc.m * a_stack + desc.n * b_stack, desc.k])
 }
 
-/// Records the packing of both operands.
+/// Records the packing of both operands, A and B.
 pub(super) fn pack(
     stream: &mut Stream<'_>,
     gpu: &Gpu,
     desc: &MatmulDesc,
     byte: Byte,
-    a: Input<'_>,
-    b: Input<'_>,
-) -> Result<Option<Packed>> {
-    let (Input::Mx(a), Input::Mx(b)) = (a, b) else { return Ok(None) };
-    let sides = [(a, desc.a.transposed), (b, desc.b.transposed)];
-    let anchors = sides.map(|(x, across)| match across {
+    [a, b]: [&DeviceMxTensor; 2],
+) -> Result<Packed> {
+    let anchors = |x: &DeviceMxTensor, operand: Operand| match operand.transposed {
         true => x.layout.blocks(),
         false => x.layout.scale_rows(),
-    });
-    let windows = gpu.scratch(Scratch::Windows, ((anchors[0] + anchors[1]) * 4) as u64)?;
+    };
+    let first = anchors(a, desc.a);
+    let windows = gpu.scratch(Scratch::Windows, ((first + anchors(b, desc.b)) * 4) as u64)?;
     stream.clear(&windows);
-    let mut bytes = Vec::new();
-    for (i, (x, across)) in sides.into_iter().enumerate() {
+    let mut side = |x: &DeviceMxTensor, across: bool, first: usize, what: Scratch| {
         let layout = x.layout;
         let [outputs, k] = size(&layout, across);
-        let what = [Scratch::BytesA, Scratch::BytesB][i];
         let packed = gpu.scratch(what, packed_bytes([outputs, k]) as u64)?;
         let parts = k.next_multiple_of(128) / 32;
         let params = [
             outputs,
             parts,
             k,
-            i * anchors[0],
+            first,
             layout.line_bytes() / 4,
             layout.blocks(),
             STATE_WORDS + if across { layout.scale_rows() } else { 0 },
@@ -255,17 +259,16 @@ pub(super) fn pack(
         buffers.extend([&windows, &packed]);
         let operand = Operand { values: Values::Mx(layout.spec), transposed: across };
         let wide = tier::wide(&operand, k);
-        stream.dispatch(
-            &name(byte, operand, wide),
-            || kernel(byte, operand, wide),
-            &params,
-            &buffers,
-            (outputs * parts).div_ceil(WORKGROUP as usize) as u64,
-        )?;
-        bytes.push(packed);
-    }
-    let Ok(bytes) = <[wgpu::Buffer; 2]>::try_from(bytes) else { return Ok(None) };
-    Ok(Some(Packed { bytes, windows, first: anchors[0] }))
+        let groups = (outputs * parts).div_ceil(WORKGROUP as usize) as u64;
+        let name = name(byte, operand, wide);
+        stream.dispatch(&name, || kernel(byte, operand, wide), &params, &buffers, groups)?;
+        Ok(packed)
+    };
+    let bytes = [
+        side(a, desc.a.transposed, 0, Scratch::BytesA)?,
+        side(b, desc.b.transposed, first, Scratch::BytesB)?,
+    ];
+    Ok(Packed { bytes, windows, first })
 }
 
 fn name(byte: Byte, operand: Operand, wide: bool) -> String {

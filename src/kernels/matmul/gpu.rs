@@ -164,9 +164,11 @@ pub(super) fn record(
     for data in extras.bias.map(|t| &t.data).into_iter().chain(extras.groups.map(|g| &g.data)) {
         more.extend(data.chunks().map(|chunk| chunk.buffer));
     }
-    let packed = match variants[0].bytes() {
-        Some((byte, ..)) => bytes::pack(stream, gpu, desc, byte, a, b)?,
-        None => None,
+    let packed = match (variants[0].bytes(), a, b) {
+        (Some((byte, ..)), Input::Mx(a), Input::Mx(b)) => {
+            Some(bytes::pack(stream, gpu, desc, byte, [a, b])?)
+        }
+        _ => None,
     };
     more.extend(packed.as_ref().map(|packed| &packed.windows));
     let whole = bound_at_once;
@@ -900,8 +902,11 @@ impl Variant {
                 })
                 .fragment(shader!("lib/encode.wgsl")),
         };
-        if let Some((byte, ..)) = bytes {
+        if let Some((byte, _, emulated)) = bytes {
             source = bytes::constants(source, byte);
+            if emulated {
+                source = source.fragment(byte.emulation());
+            }
         }
         if tensor && bytes.is_none() || halves {
             source = source
@@ -1087,22 +1092,12 @@ fn coop_fragments(by: Fragments) -> &'static [&'static str] {
             shader!("lib/sums_emulated.wgsl"),
             shader!("lib/coop_emulated.wgsl"),
         ],
-        Fragments::Bytes { byte, emulated: true, .. } => match byte {
-            Byte::E4m3 => &[
-                shader!("lib/units_16.wgsl"),
-                shader!("lib/strip.wgsl"),
-                shader!("lib/sums_emulated.wgsl"),
-                shader!("lib/byte_e4m3.wgsl"),
-                shader!("lib/coop_bytes_emulated.wgsl"),
-            ],
-            Byte::I8 => &[
-                shader!("lib/units_16.wgsl"),
-                shader!("lib/strip.wgsl"),
-                shader!("lib/sums_emulated.wgsl"),
-                shader!("lib/byte_i8.wgsl"),
-                shader!("lib/coop_bytes_emulated.wgsl"),
-            ],
-        },
+        Fragments::Bytes { emulated: true, .. } => &[
+            shader!("lib/units_16.wgsl"),
+            shader!("lib/strip.wgsl"),
+            shader!("lib/sums_emulated.wgsl"),
+            shader!("lib/coop_bytes_emulated.wgsl"),
+        ],
     }
 }
 

@@ -585,11 +585,8 @@ pub(super) fn floats(spec: MxSpec) -> bool {
 pub(super) fn load(operand: &Operand, k: usize, outputs: usize) -> Load {
     if !k.is_multiple_of(128) {
         // 16 bytes of a line are still its own.
-        return if wide(operand, k.next_multiple_of(128)) && k.is_multiple_of(32) {
-            Load::Ragged
-        } else {
-            Load::Words
-        };
+        let ragged = nibbles(operand) && k.is_multiple_of(32);
+        return if ragged { Load::Ragged } else { Load::Words };
     }
     match (operand.values, operand.transposed) {
         (Values::Mx(_), _) if wide(operand, k) => Load::Vectors,
@@ -609,9 +606,13 @@ pub(super) fn load_exact(operand: &Operand, k: usize) -> Load {
 
 /// Whether an operand's lines are whole vectors of 128 codes of E2M1 under scales of at least 32: loaded 16 bytes at a time.
 pub(super) fn wide(operand: &Operand, k: usize) -> bool {
-    k.is_multiple_of(128)
-        && matches!(operand, Operand { values: Values::Mx(spec), transposed: false }
-            if spec.element == Element::E2M1 && spec.block.len() >= 32)
+    k.is_multiple_of(128) && nibbles(operand)
+}
+
+/// Whether an operand is contracted along lines of E2M1 codes under scales of at least 32.
+fn nibbles(operand: &Operand) -> bool {
+    matches!(operand, Operand { values: Values::Mx(spec), transposed: false }
+        if spec.element == Element::E2M1 && spec.block.len() >= 32)
 }
 
 /// Parts of 32 positions that the exact tier rounds separately.
