@@ -41,6 +41,7 @@ struct Params {
     counter: vec2<u32>,
     draws: u32,
     slice: u32,             // k in slices: positions of each, a multiple of 128
+    stamp: u32,             // lib/window.wgsl: of this product
 }
 
 // The tile of a workgroup; `rows` are left in it from its first row on.

@@ -2,10 +2,14 @@
 // the factors of its row and its column, exactly, before it is added. naga has no product of elements: src/engine/spirv.rs
 // makes one of every difference of matrices.
 
-// Of stage j's row r (A's rows and then B's) in segment s: at (j · SEGMENTS + s) · (BM + BN) + r.
-var<workgroup> factors: array<f32, 4u * SEGMENTS * (BM + BN)>;
+// Of stage j's row r (A's rows and then B's) in segment s: at (j · SEGMENTS + s) · (BM + BN) + r. Vectors, because matrices are
+// loaded from multiples of 16 bytes (Vulkan): an array of f32 may begin anywhere.
+var<workgroup> factors: array<vec4<f32>, SEGMENTS * (BM + BN)>;
 
-fn factor_put(slot: u32, segment: u32, row: u32, factor: f32) { factors[(slot * SEGMENTS + segment) * (BM + BN) + row] = factor; }
+fn factor_put(slot: u32, segment: u32, row: u32, factor: f32) {
+    let at = (slot * SEGMENTS + segment) * (BM + BN) + row;
+    factors[at / 4u][at % 4u] = factor;
+}
 
 const STEPS = 32u / FRAGMENT / SEGMENTS;
 
@@ -19,7 +23,7 @@ fn multiply(sums: ptr<function, Sums>, a_row: u32, b_row: u32, stage: u32) {
                 b[j * STEPS + s] = coopLoad<MatB>(&memory[b_fragment(b_row + j * FRAGMENT, segment * STEPS + s)], PITCH);
             }
             // Rows are all the same: a stride of zero.
-            fb[j] = coopLoadT<MatC>(&factors[at + BM + b_row + j * FRAGMENT], 0u);
+            fb[j] = coopLoadT<MatC>(&factors[(at + BM + b_row + j * FRAGMENT) / 4u], 0u);
         }
         for (var i = 0u; i < FM; i++) { // unroll
             let row = a_row + i * SUBGROUPS_M * FRAGMENT;
@@ -27,7 +31,7 @@ fn multiply(sums: ptr<function, Sums>, a_row: u32, b_row: u32, stage: u32) {
             for (var s = 0u; s < 32u / FRAGMENT / SEGMENTS; s++) { // unroll
                 a[s] = coopLoadT<MatA>(&memory[a_fragment(row, segment * STEPS + s)], PITCH);
             }
-            let fa = coopLoad<MatC>(&factors[at + row], 0u);
+            let fa = coopLoad<MatC>(&factors[(at + row) / 4u], 0u);
             for (var j = 0u; j < FN; j++) { // unroll
                 var sum = MatC();
                 for (var s = 0u; s < 32u / FRAGMENT / SEGMENTS; s++) { // unroll

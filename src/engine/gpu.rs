@@ -1,6 +1,7 @@
 //! The GPU engine: a wgpu device and queue, allocation, transfer, and the pipeline cache.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::caps::Caps;
@@ -57,6 +58,7 @@ pub(crate) struct Gpu {
     scratch: Mutex<[Option<wgpu::Buffer>; 4]>,
     /// Whether what they gave at their first use was right.
     pub(crate) bytes_tested: std::sync::OnceLock<std::result::Result<(), String>>,
+    stamps: AtomicU32,
     lost: Arc<Mutex<Option<String>>>,
 }
 
@@ -127,6 +129,7 @@ impl Gpu {
             pipelines: Mutex::default(),
             scratch: Mutex::default(),
             bytes_tested: Default::default(),
+            stamps: AtomicU32::new(1),
             lost,
         }
     }
@@ -215,6 +218,11 @@ impl Gpu {
             Some(buffer) if buffer.size() >= bytes => Ok(buffer.clone()),
             _ => Ok(scratch.insert(self.create_buffer("mx.scratch", bytes)?).clone()),
         }
+    }
+
+    /// A word that no other recording of the last 2³² has, and that new memory does not hold.
+    pub(crate) fn stamp(&self) -> u32 {
+        self.stamps.fetch_add(1, Ordering::Relaxed).max(1)
     }
 
     pub(crate) fn buffer(

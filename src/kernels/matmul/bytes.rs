@@ -187,12 +187,19 @@ fn pays(outputs: usize, lines: usize, k: usize) -> bool {
 
 // ---- Packing -------------------------------------------------------------------------------------------------------
 
-/// Operands as bytes, a row an output, and a word for every anchor of A and then of B: whether a block is outside the window.
+/// Lines that an invocation packs a part of.
+const LINES: usize = 4;
+
+/// Operands as bytes, a row an output, and a word for every anchor of A and then of B: the product's stamp if a block is outside
+/// the window. So nothing needs to be cleared; what another product left, 2³² before, would send a tile to f16, with the same
+/// outputs.
 pub(super) struct Packed {
     pub(super) bytes: [wgpu::Buffer; 2],
     pub(super) windows: wgpu::Buffer,
     /// Where B's windows start.
     pub(super) first: usize,
+    /// What stands for "outside".
+    pub(super) stamp: u32,
 }
 
 impl Packed {
@@ -237,17 +244,18 @@ pub(super) fn pack(
     };
     let first = anchors(a, desc.a);
     let windows = gpu.scratch(Scratch::Windows, ((first + anchors(b, desc.b)) * 4) as u64)?;
-    stream.clear(&windows);
+    let stamp = gpu.stamp();
     let mut side = |x: &DeviceMxTensor, across: bool, first: usize, what: Scratch| {
         let layout = x.layout;
         let [outputs, k] = size(&layout, across);
         let packed = gpu.scratch(what, packed_bytes([outputs, k]) as u64)?;
-        let parts = k.next_multiple_of(128) / 32;
+        let parts = k.next_multiple_of(128) / 16;
         let params = [
             outputs,
             parts,
             k,
             first,
+            stamp as usize,
             layout.line_bytes() / 4,
             layout.blocks(),
             STATE_WORDS + if across { layout.scale_rows() } else { 0 },
@@ -259,7 +267,7 @@ pub(super) fn pack(
         buffers.extend([&windows, &packed]);
         let operand = Operand { values: Values::Mx(layout.spec), transposed: across };
         let wide = tier::wide(&operand, k);
-        let groups = (outputs * parts).div_ceil(WORKGROUP as usize) as u64;
+        let groups = (outputs.div_ceil(LINES) * parts).div_ceil(WORKGROUP as usize) as u64;
         let name = name(byte, operand, wide);
         stream.dispatch(&name, || kernel(byte, operand, wide), &params, &buffers, groups)?;
         Ok(packed)
@@ -268,7 +276,7 @@ pub(super) fn pack(
         side(a, desc.a.transposed, 0, Scratch::BytesA)?,
         side(b, desc.b.transposed, first, Scratch::BytesB)?,
     ];
-    Ok(Packed { bytes, windows, first })
+    Ok(Packed { bytes, windows, first, stamp })
 }
 
 fn name(byte: Byte, operand: Operand, wide: bool) -> String {
@@ -281,9 +289,9 @@ fn name(byte: Byte, operand: Operand, wide: bool) -> String {
     .to_lowercase()
 }
 
-/// `wide`: lines of whole 128, 16 bytes at a time.
+/// `wide`: lines of whole 128, 8 bytes at a time.
 fn kernel(byte: Byte, operand: Operand, wide: bool) -> Kernel {
-    let source = Source::new().constant("WG", WORKGROUP);
+    let source = Source::new().constant("WG", WORKGROUP).constant("LINES", LINES as u32);
     let source = operand_constants(constants(source, byte), 'a', operand)
         .fragment(shader!("lib/float.wgsl"))
         .operand('a', shader!("lib/operand.wgsl"))

@@ -227,7 +227,7 @@ pub(super) fn record(
                         y_blocks,
                         slice: 0,
                         sums: 0,
-                        windows: packed.as_ref().map_or(0, |packed| packed.first),
+                        windows: packed.as_ref().map_or((0, 0), |p| (p.first, p.stamp)),
                     };
                     let (params, groups) = place.params(desc, tier, shape, &sides, extras);
                     let mut buffers = ap.buffers.clone();
@@ -279,7 +279,7 @@ fn record_sliced(
         y_blocks: 0,
         slice,
         sums: pitch / 4,
-        windows: packed.map_or(0, |packed| packed.first),
+        windows: packed.map_or((0, 0), |packed| (packed.first, packed.stamp)),
     };
     let inputs: Vec<_> = sides.iter().flat_map(|side| &side.pieces).map(|p| &p.buffers).collect();
     let (params, groups) = place.params(desc, matmul.tier, products[0].shape, sides, extras);
@@ -332,7 +332,7 @@ pub(super) fn record_join(
         y_blocks: 0,
         slice: desc.k,
         sums: pitch / 4,
-        windows: 0,
+        windows: (0, 0),
     };
     let (mut params, groups) = place.params(desc, Tier::Alu, join.shape, &sides, extras);
     params[EXPONENT] = exponent as u32;
@@ -364,8 +364,8 @@ struct Place {
     slice: usize,
     /// Quads of a row of sums that are to be joined.
     sums: usize,
-    /// Where the windows of B's lines start.
-    windows: usize,
+    /// Where the windows of B's lines start, and what stands for "outside".
+    windows: (usize, u32),
 }
 
 impl Place {
@@ -425,9 +425,10 @@ impl Place {
         ];
         let mut params: Vec<u32> = params.iter().map(|p| *p as u32).collect();
         params.extend([desc.alpha.to_bits(), desc.beta.to_bits(), desc.exponent(tier) as u32, 0]);
-        params.extend([carry, tensor_scale, self.sums as u32, self.windows as u32]);
+        params.extend([carry, tensor_scale, self.sums as u32, self.windows.0 as u32]);
         params.extend(key);
         params.extend([counter as u32, (counter >> 32) as u32, draws as u32, self.slice as u32]);
+        params.push(self.windows.1);
         (params, tiles_m as u64 * tiles_n as u64 * self.batches as u64)
     }
 }
