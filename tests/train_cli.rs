@@ -181,7 +181,9 @@ fn two_arms_side_by_side() {
         }
         assert_eq!(line["counters"]["log2 of the loss scale"], 10.0);
         let underflowed = line["counters"]["gradients underflowed"].as_f64().unwrap();
-        assert_eq!(underflowed > 0.0, line["arm"] == "mxfp4", "{line}");
+        // The second half of the steps is dense.
+        let packs = line["arm"] == "mxfp4" && step <= STEPS / 2;
+        assert_eq!(underflowed > 0.0, packs, "{line}");
         assert_eq!(line["text"].is_string(), step == STEPS);
     }
     // It learns, and the arms see the same batches.
@@ -361,8 +363,10 @@ fn wrong_arguments() {
     with_recipe(&recipe.replace("\"rceil\"", "\"floor\""), &["my.toml", "does not clip"]);
     with_recipe(&recipe.replace("name = \"mxfp4\"", "name = \"../../mine\""), &["my.toml", "name"]);
     with_recipe("name = ", &["my.toml"]);
-    assert!(recipe.starts_with("# late_forward = 0.18, late_backward = 0\n"), "{recipe}");
-    let late = |value: &str| format!("late_backward = {value}\n{recipe}");
+    assert!(recipe.starts_with("# late_forward = 0.5, late_backward = 0.5\n"), "{recipe}");
+    let late = |value: &str| {
+        recipe.replace("\nlate_backward = 0.5", &format!("\nlate_backward = {value}"))
+    };
     with_recipe(&late("1.5"), &["my.toml", "late_backward = 1.5", "a share of the steps"]);
     with_recipe(&late("\"all\""), &["my.toml", "late_backward", "expected f32"]);
     with_recipe(&late("0.1").replace("backward =", "backwards ="), &["my.toml", "late_backwards"]);

@@ -301,6 +301,7 @@ fn transform(hadamard: Hadamard, operand: &str, lines: &mut Matrix) -> Result<()
 mod tests {
     use super::*;
     use crate::train::model::{ModelDesc, Pass};
+    use crate::train::recipe::Forward;
     use crate::{DeviceChoice, Options};
 
     const DRAWS: Draws = Draws { seed: 1, step: 1 };
@@ -364,7 +365,11 @@ mod tests {
 
     #[test]
     fn squares_stay_squares() {
-        let recipe = Recipe::preset("mxfp4").unwrap();
+        let mut recipe = Recipe::preset("mxfp4").unwrap();
+        let w = Cast::plain("mxfp4").blocked("32x32").scaled(Scale::Even);
+        recipe.linear.forward =
+            Forward { x: Cast::plain("mxfp4").scaled(Scale::Even), w: w.clone() };
+        recipe.linear.dgrad.w = w;
         let mut tuner = Tuner::new(&recipe).unwrap();
         let all = runs([128, 128], Axis::One, 16);
         tuner.measure("a", &all, &all, &all, DRAWS).unwrap();
@@ -420,6 +425,7 @@ mod tests {
         assert_eq!(
             entries,
             [
+                "*.experts.*",
                 "head",
                 "*.router",
                 "blocks.0.qkv",
