@@ -14,7 +14,7 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # The case that numpy does too.
 BASELINE = "quantize f32→mxfp4 rows nearest"
 TIERS = ("exact", "tensor", "alu")
-PEAKS = ("copy", "f32 fma", "packed dot", "cooperative matrix")
+PEAKS = ("copy", "f32 fma", "packed dot", "cooperative matrix", "cooperative matrix of bytes")
 # Pictures of the products that are shown if they are there.
 PICTURES = (
     ("roofline.svg", "Rate over operations per byte of the products, under each machine's measured roofs"),
@@ -137,8 +137,8 @@ def product_section(results):
     lines = []
     for result in results:
         peaks = []
-        for name in PEAKS:
-            peak = result["peaks"][name]
+        # Files from before a peak was measured do not have it.
+        for name, peak in ((name, result["peaks"][name]) for name in PEAKS if name in result["peaks"]):
             if "lacking" in peak:
                 peaks.append(f"{name}: lacking")
             elif "bytes_per_second" in peak:
