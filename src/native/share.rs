@@ -841,6 +841,12 @@ mod tests {
         }
         assert_eq!((share.traffic.products, share.traffic.host_waits), (12, 0));
 
+        if adapter.get_info().name.starts_with("llvmpipe") {
+            eprintln!(
+                "vkQueueSubmit of lavapipe returns when the value comes, which it never would: the rest is not tested"
+            );
+            return;
+        }
         // A queue that failed: the value never comes, and the host lets wgpu's queue go.
         let mut stream = ctx.stream();
         let broken = Broken(Arc::clone(&slow));
