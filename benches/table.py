@@ -137,8 +137,11 @@ def product_section(results):
     lines = []
     for result in results:
         peaks = []
-        # Files from before a peak was measured do not have it.
-        for name, peak in ((name, result["peaks"][name]) for name in PEAKS if name in result["peaks"]):
+        for name in PEAKS:
+            peak = result["peaks"].get(name)
+            if peak is None:
+                # The file is older than this peak.
+                continue
             if "lacking" in peak:
                 peaks.append(f"{name}: lacking")
             elif "bytes_per_second" in peak:

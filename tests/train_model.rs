@@ -88,16 +88,11 @@ fn recipe(name: &str) -> Recipe {
 }
 
 /// The preset `mxfp4` with square weights, which dgrad reads as forward does, no transform in forward, resets of weights that
-/// oscillate, and an end of forward in bf16.
+/// oscillate, and an end of forward in bf16. (The preset's experts are so already.)
 fn alto() -> Recipe {
     let mut recipe = recipe("mxfp4");
     let x = Cast::plain("mxfp4").scaled(Scale::Even);
     let w = x.clone().blocked("32x32");
-    for linear in
-        recipe.layers.iter_mut().filter(|layer| layer.name == "*.experts.*").map(|l| &mut l.linear)
-    {
-        (linear.forward.x, linear.forward.w, linear.dgrad.w) = (x.clone(), w.clone(), w.clone());
-    }
     let linear = &mut recipe.linear;
     (linear.forward.x, linear.forward.w, linear.dgrad.w) = (x, w.clone(), w);
     Recipe { late_forward: 0.18, oscillation: Some(Reset::default()), ..recipe }
@@ -1085,24 +1080,26 @@ fn learns(ctx: &Context, step: usize) -> Result<(), Failed> {
     for (recipe, desc) in cases.into_iter().take(few) {
         let name = &recipe.name.clone();
         let mut trainer = Trainer::new(ctx, &run_desc(quick(recipe), desc.clone(), 30))?;
+        let mut lossy = [false; 2];
         for step in 0..30 {
-            trainer.train(&repetitive_batch(&desc, step), step == 29)?;
+            trainer.train(&repetitive_batch(&desc, step), step >= 20)?;
+            if step < 20 {
+                continue;
+            }
+            let shares = block_on(trainer.shares())?;
+            for shares in shares {
+                assert!(shares.nonfinite == 0.0 && shares.clipped < 0.1, "{name}: {shares:?}");
+            }
+            // What is cast to fewer bits loses something, and is counted; MXFP8 not in every step.
+            lossy = [0, 1].map(|i| lossy[i] || shares[i].underflowed > 0.0);
         }
         let status = block_on(trainer.status())?;
         assert!(
             status.taken && status.norm > 0.0 && status.loss < 0.5 * unigram,
             "{name}: {status:?}"
         );
-        let shares = block_on(trainer.shares())?;
-        for shares in shares {
-            assert!(shares.nonfinite == 0.0 && shares.clipped < 0.1, "{name}: {shares:?}");
-        }
-        // What is cast to fewer bits loses something, and is counted.
-        let lossy = shares.map(|s| s.underflowed > 0.0);
-        let packs = !["f32", "bf16"].contains(&name.as_str());
-        // An activation so small that MXFP8 loses it is rare.
-        let activations = packs && (name != "mixed" || lossy[0]);
-        assert!(lossy == [activations, packs], "{name}: {shares:?}");
+        let packs = [!["f32", "bf16"].contains(&name.as_str()); 2];
+        assert_eq!(lossy, packs, "{name}");
     }
     Ok(())
 }
