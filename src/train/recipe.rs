@@ -670,15 +670,16 @@ impl Recipe {
         let mut layers = Vec::new();
         if let Form::Mx(spec) = linear.dgrad.w.form()? {
             if spec.block.lines() == 1 {
-                // Experts' weights in squares, which are packed once and read both ways, and no transform of them.
+                // Experts' weights in squares, of which no transform is taken; mxfp4 and mixed have the same ones in forward,
+                // packed once and read both ways.
                 let mut experts = linear.clone();
-                let (forward, dgrad) = (&mut experts.forward, &mut experts.dgrad);
-                for (other, w) in [(&mut forward.x, &mut forward.w), (&mut dgrad.dy, &mut dgrad.w)]
-                {
-                    (other.hadamard, other.signs, w.hadamard, w.signs) = (None, None, None, None);
-                    if let Form::Mx(_) = w.form()? {
-                        w.block = Some("32x32".into());
-                    }
+                let Linear { forward, dgrad, .. } = &mut experts;
+                for cast in [&mut forward.x, &mut forward.w, &mut dgrad.dy, &mut dgrad.w] {
+                    (cast.hadamard, cast.signs) = (None, None);
+                }
+                dgrad.w.block = Some("32x32".into());
+                if matches!(name, "mxfp4" | "mixed") {
+                    forward.w = dgrad.w.clone();
                 }
                 layers.push(Layer { name: "*.experts.*".into(), linear: experts });
             }
