@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{assert_bytes, gaussian, golden, reference};
+use common::{assert_bytes, gaussian, golden, panics, reference};
 use microscaling::formats::element::Round;
 use microscaling::formats::scale;
 use microscaling::{
@@ -416,7 +416,7 @@ fn the_reference_comparison_can_fail() {
     let got = MxTensor::quantize(&x, 4, 256, &desc).unwrap();
     let mut want = reference::pack(4, &reference::quantize(&x, 4, 256, &desc).codes);
     want[77] ^= 1;
-    assert!(std::panic::catch_unwind(|| assert_bytes("flipped", got.codes(), &want)).is_err());
+    assert!(panics(|| assert_bytes("flipped", got.codes(), &want)));
 }
 
 #[test]

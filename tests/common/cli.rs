@@ -56,6 +56,8 @@ impl Dir {
             }
         };
         command.args(args).current_dir(self.dir.path()).env_remove("RUST_LOG");
+        // Mesa complains on stderr without one.
+        command.env("XDG_RUNTIME_DIR", self.dir.path());
         command
     }
 

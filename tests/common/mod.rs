@@ -6,7 +6,10 @@ pub mod engines;
 pub mod product;
 pub mod reference;
 
+use std::cell::Cell;
+use std::panic::{self, AssertUnwindSafe};
 use std::path::PathBuf;
+use std::sync::Once;
 
 use microscaling::{
     Context, DType, DeviceMxTensor, Error, Layout, MxTensor, QuantizeDesc, Rounding, rng,
@@ -92,6 +95,24 @@ pub fn garbage(
         fill(layout.scales_len()),
         1.0,
     )?)
+}
+
+/// Whether a check panics, as one of what is wrong must; nothing is printed of it.
+pub fn panics<T>(check: impl FnOnce() -> T) -> bool {
+    static HOOK: Once = Once::new();
+    thread_local!(static QUIET: Cell<bool> = const { Cell::new(false) });
+    HOOK.call_once(|| {
+        let usual = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if !QUIET.get() {
+                usual(info);
+            }
+        }));
+    });
+    QUIET.set(true);
+    let result = panic::catch_unwind(AssertUnwindSafe(check));
+    QUIET.set(false);
+    result.is_err()
 }
 
 /// Asserts that two byte strings are equal, and says where they are not.
