@@ -35,13 +35,22 @@ finish() {
 }
 trap finish EXIT
 
-# Runs a command under a name, announced with the time since the start.
+# Runs a command under a name, announced with the time since the start. Into a file or a pipe goes only what fails: its last
+# lines, which would be lost among a thousand others.
 step() {
     now=$1
     shift
     echo
     echo "==> [${SECONDS} s] $now: $*"
-    "$@"
+    if [ -t 1 ]; then
+        "$@"
+    else
+        "$@" >"$scratch/log" 2>&1 || {
+            local status=$?
+            tail -n 200 "$scratch/log"
+            exit "$status"
+        }
+    fi
     checked+=("$now")
 }
 

@@ -56,8 +56,8 @@ struct Args {
     /// Draw time against size, for the cubes.
     #[arg(long, value_name = "FILE")]
     svg_cubes: Option<PathBuf>,
-    /// Measure which tiles are the fastest, for these products, M,N,K[,TIER[,A[,B]]] each (A and B: a format, or f32, f16,
-    /// bf16); without any for those of the main cases.
+    /// Measure which tiles are the fastest, for these products, M,N,K[,TIER[,A[,B[,EXPERTS]]]] each (A and B: a format, or
+    /// f32, f16, bf16; rows are spread over the experts evenly); without any for those of the main cases.
     #[arg(long, value_name = "PRODUCT", num_args = 0.., conflicts_with_all = ["compare", "quick", "json", "svg", "svg_cubes"])]
     tune: Option<Vec<tune::Product>>,
     /// Seconds for each product of --tune.

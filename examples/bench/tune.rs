@@ -24,7 +24,7 @@ impl FromStr for Product {
     fn from_str(text: &str) -> Result<Product, String> {
         let parts: Vec<&str> = text.split(',').collect();
         let size = |at: usize| -> Result<usize, String> {
-            let part = parts.get(at).ok_or("M,N,K[,TIER[,A[,B]]]")?;
+            let part = parts.get(at).ok_or("M,N,K[,TIER[,A[,B[,EXPERTS]]]]")?;
             part.parse().map_err(|error| format!("{part:?}: {error}"))
         };
         let operand = |at: usize| -> Result<Operand, String> {
@@ -36,8 +36,8 @@ impl FromStr for Product {
         };
         let tier: Tier =
             parts.get(3).unwrap_or(&"auto").parse().map_err(|error: Error| error.to_string())?;
-        if parts.len() > 6 {
-            return Err("more than M,N,K,TIER,A,B".into());
+        if parts.len() > 7 {
+            return Err("more than M,N,K,TIER,A,B,EXPERTS".into());
         }
         let (a, b) = (operand(4)?, operand(5)?);
         Ok(Product(MatmulDesc {
@@ -47,6 +47,7 @@ impl FromStr for Product {
             a,
             b,
             tier,
+            experts: if parts.len() > 6 { Some(size(6)?) } else { None },
             ..Default::default()
         }))
     }
@@ -54,7 +55,10 @@ impl FromStr for Product {
 
 impl std::fmt::Display for Product {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let MatmulDesc { m, n, k, a, b, tier, .. } = self.0;
+        let MatmulDesc { m, n, k, a, b, tier, experts, .. } = self.0;
+        if let Some(experts) = experts {
+            write!(f, "{experts} experts ")?;
+        }
         write!(f, "{m} x {n} x {k} {tier} {} x {}", short(a.values), short(b.values))
     }
 }
