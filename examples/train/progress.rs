@@ -27,7 +27,8 @@ pub struct Run {
     /// The clock of the time left, which a run that is resumed starts anew.
     pace: Pace,
     told: Option<Instant>,
-    loss: f64,
+    /// None before the first update, and so for a run that was done when it was resumed.
+    loss: Option<f64>,
     heldout: Option<f64>,
     tokens_per_second: f64,
 }
@@ -66,7 +67,7 @@ impl Progress {
             step,
             pace: Pace { steps: 0, time: Duration::ZERO },
             told: None,
-            loss: f64::NAN,
+            loss: None,
             heldout: None,
             tokens_per_second: f64::NAN,
         })
@@ -86,20 +87,20 @@ impl Run {
     ) {
         self.pace.steps += step.saturating_sub(self.step);
         self.pace.time += took;
-        (self.step, self.loss, self.tokens_per_second) = (step, loss, tokens_per_second);
+        (self.step, self.loss, self.tokens_per_second) = (step, Some(loss), tokens_per_second);
         self.heldout = heldout.or(self.heldout);
         self.bar.set_position(step);
         if !self.lines {
-            self.bar.set_message(self.message());
+            self.bar.set_message(self.message(None));
         } else if heldout.is_some() || self.told.is_none_or(|told| told.elapsed() >= PAUSE) {
             self.told = Some(Instant::now());
-            self.tell(&self.message());
+            self.tell(&self.message(None));
         }
     }
 
     /// The run is over: done, or stopped, or failed, as `words` say.
     pub fn finish(self, words: &str) {
-        let message = format!("{}  {words}", self.message());
+        let message = self.message(Some(words));
         if self.lines {
             self.tell(&message);
         }
@@ -111,8 +112,9 @@ impl Run {
         let _ = writeln!(io::stderr(), "{} {}/{}  {message}", self.name, self.step, self.steps);
     }
 
-    fn message(&self) -> String {
-        let mut parts = vec![format!("loss {:.4}", self.loss)];
+    fn message(&self, end: Option<&str>) -> String {
+        let mut parts: Vec<_> =
+            self.loss.map(|loss| format!("loss {loss:.4}")).into_iter().collect();
         parts.extend(self.heldout.map(|loss| format!("held-out {loss:.4}")));
         if self.tokens_per_second.is_finite() {
             parts.push(format!("{} tok/s", crate::report::short(self.tokens_per_second)));
@@ -122,6 +124,7 @@ impl Run {
             let seconds = self.pace.time.as_secs_f64() / self.pace.steps as f64 * left as f64;
             parts.push(format!("{} left", duration(seconds)));
         }
+        parts.extend(end.map(String::from));
         parts.join("  ")
     }
 }
@@ -152,8 +155,12 @@ mod tests {
     #[test]
     fn the_time_left_is_that_of_the_steps_of_this_start() {
         let mut run = Progress::new(1000).add("mxfp4", 8, 500).unwrap();
+        assert_eq!(run.message(Some("done")), "done");
         run.update(505, 2.75, Some(2.25), 1234.0, Duration::from_secs(10));
         run.update(510, 2.5, None, 1234.0, Duration::from_secs(10));
-        assert_eq!(run.message(), "loss 2.5000  held-out 2.2500  1.23k tok/s  16 min 20 s left");
+        assert_eq!(
+            run.message(None),
+            "loss 2.5000  held-out 2.2500  1.23k tok/s  16 min 20 s left"
+        );
     }
 }
