@@ -291,6 +291,11 @@ fn an_interrupt_saves() {
     let checkpoint = Checkpoint::load(&dir.path(CHECKPOINTS[second])).unwrap();
     let steps = STEPS * second as u64 + checkpoint.value::<u64>("step").unwrap();
     assert!((2..2 * STEPS).contains(&steps) && dir.metrics().len() as u64 == steps, "{steps}");
+    // A step that had ended, the one that was finished, and the end: of this arm, and no other began.
+    let after: Vec<_> =
+        stderr.split("finishing the step").nth(1).unwrap().lines().skip(1).collect();
+    let arm = ["bf16 0 ", "mxfp4 0 "][second];
+    assert!(after.len() <= 3 && after.iter().all(|line| line.starts_with(arm)), "{stderr}");
     // So does a limit of time.
     let stdout = dir.ok(&["--resume", "--max-seconds", "0"]);
     assert!(stdout.contains("goes on") && dir.metrics().len() as u64 == steps + 1, "{stdout}");

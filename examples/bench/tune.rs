@@ -6,32 +6,30 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use microscaling::kernels::Values;
 use microscaling::{
-    Context, DType, DeviceChoice, Error, Matmul, MatmulDesc, MxSpec, Operand, Options, Tier, Tuning,
+    Context, DType, DeviceChoice, Error, MXFP4, Matmul, MxSpec, Options, Tier, Tuning,
 };
 
-use crate::cases::short;
+use crate::cases::Case;
 use crate::measure::operations;
 use crate::{Result, seconds};
 
-/// A product as the command line names it.
-#[derive(Clone, Copy, Debug)]
-pub struct Product(MatmulDesc);
-
-impl FromStr for Product {
+/// As the command line names it.
+impl FromStr for Case {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Product, String> {
+    fn from_str(text: &str) -> Result<Case, String> {
         let parts: Vec<&str> = text.split(',').collect();
         let size = |at: usize| -> Result<usize, String> {
             let part = parts.get(at).ok_or("M,N,K[,TIER[,A[,B[,EXPERTS]]]]")?;
             part.parse().map_err(|error| format!("{part:?}: {error}"))
         };
-        let operand = |at: usize| -> Result<Operand, String> {
+        let values = |at: usize| -> Result<Values, String> {
             let name = *parts.get(at).unwrap_or(&"mxfp4");
             match DType::ALL.into_iter().find(|dtype| dtype.name() == name) {
-                Some(dtype) => Ok(dtype.into()),
-                None => Ok(MxSpec::by_name(name).map_err(|error| error.to_string())?.into()),
+                Some(dtype) => Ok(Values::Dense(dtype)),
+                None => Ok(Values::Mx(MxSpec::by_name(name).map_err(|error| error.to_string())?)),
             }
         };
         let tier: Tier =
@@ -39,32 +37,17 @@ impl FromStr for Product {
         if parts.len() > 7 {
             return Err("more than M,N,K,TIER,A,B,EXPERTS".into());
         }
-        let (a, b) = (operand(4)?, operand(5)?);
-        Ok(Product(MatmulDesc {
-            m: size(0)?,
-            n: size(1)?,
-            k: size(2)?,
-            a,
-            b,
-            tier,
-            experts: if parts.len() > 6 { Some(size(6)?) } else { None },
-            ..Default::default()
-        }))
+        let experts = if parts.len() > 6 { Some(size(6)?) } else { None };
+        Ok(case([size(0)?, size(1)?, size(2)?], [values(4)?, values(5)?], tier, experts))
     }
 }
 
-impl std::fmt::Display for Product {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let MatmulDesc { m, n, k, a, b, tier, experts, .. } = self.0;
-        if let Some(experts) = experts {
-            write!(f, "{experts} experts ")?;
-        }
-        write!(f, "{m} x {n} x {k} {tier} {} x {}", short(a.values), short(b.values))
-    }
+fn case([m, n, k]: [usize; 3], [a, b]: [Values; 2], tier: Tier, experts: Option<usize>) -> Case {
+    Case { group: "tuned", m, n, k, a, b, tier, experts, shrinks: false }
 }
 
 /// Decoding, prompts and training, as far as a device has memory and time for them.
-fn usual(software: bool) -> Vec<Product> {
+fn usual(software: bool) -> Vec<Case> {
     let sizes: &[[usize; 3]] = if software {
         &[[1, 1024, 1024], [256, 256, 256]]
     } else {
@@ -83,11 +66,10 @@ fn usual(software: bool) -> Vec<Product> {
         ]
     };
     let tiers = |m| if m == 1 { vec![Tier::Exact] } else { vec![Tier::Exact, Tier::Tensor] };
-    let product =
-        |[m, n, k]: [usize; 3], tier| Product(MatmulDesc { m, n, k, tier, ..Default::default() });
+    let mxfp4 = [Values::Mx(MXFP4); 2];
     sizes
         .iter()
-        .flat_map(|size| tiers(size[0]).into_iter().map(move |tier| product(*size, tier)))
+        .flat_map(|size| tiers(size[0]).into_iter().map(move |tier| case(*size, mxfp4, tier, None)))
         .collect()
 }
 
@@ -107,7 +89,7 @@ pub fn take(ctx: &Context, path: &Path) -> Result<()> {
 
 pub fn tune(
     device: &DeviceChoice,
-    products: &[Product],
+    products: &[Case],
     limit: f64,
     cache: Option<&Path>,
 ) -> Result<()> {
@@ -129,7 +111,7 @@ pub fn tune(
     let limit = Duration::try_from_secs_f64(limit)?;
     let mut wrong = 0;
     for product in &products {
-        let desc = product.0;
+        let desc = product.desc();
         let matmul = match Matmul::new(&ctx, &desc) {
             Ok(matmul) => matmul,
             Err(error @ Error::Unsupported { .. }) => {

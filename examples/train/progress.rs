@@ -153,9 +153,14 @@ mod tests {
     }
 
     #[test]
+    fn a_run_that_was_done_has_no_loss() {
+        let run = Progress::new(1000).add("mxfp4", 8, 1000).unwrap();
+        assert_eq!(run.message(Some("done")), "done");
+    }
+
+    #[test]
     fn the_time_left_is_that_of_the_steps_of_this_start() {
         let mut run = Progress::new(1000).add("mxfp4", 8, 500).unwrap();
-        assert_eq!(run.message(Some("done")), "done");
         run.update(505, 2.75, Some(2.25), 1234.0, Duration::from_secs(10));
         run.update(510, 2.5, None, 1234.0, Duration::from_secs(10));
         assert_eq!(

@@ -667,6 +667,7 @@ impl Recipe {
         };
         let dense = if name == "f32" { "f32" } else { "bf16" };
         let keep = |pattern: &str| Layer { name: pattern.into(), linear: Linear::dense(dense) };
+        let fp4_forward = matches!(name, "mxfp4" | "mixed");
         let mut layers = Vec::new();
         if let Form::Mx(spec) = linear.dgrad.w.form()? {
             if spec.block.lines() == 1 {
@@ -678,7 +679,7 @@ impl Recipe {
                     (cast.hadamard, cast.signs) = (None, None);
                 }
                 dgrad.w.block = Some("32x32".into());
-                if matches!(name, "mxfp4" | "mixed") {
+                if fp4_forward {
                     forward.w = dgrad.w.clone();
                 }
                 layers.push(Layer { name: "*.experts.*".into(), linear: experts });
@@ -687,7 +688,7 @@ impl Recipe {
         layers.extend([keep("head"), keep("*.router")]);
         // FP4 in forward: all in bf16 for the second half of the steps, as far as measured the longer the better (README;
         // arXiv 2509.25149, appendix D, ends so for 18%, and 2505.19115 for as long as it takes).
-        let late = if matches!(name, "mxfp4" | "mixed") { 0.5 } else { 0.0 };
+        let late = if fp4_forward { 0.5 } else { 0.0 };
         Ok(Recipe {
             name: name.into(),
             activations: if name == "f32" { Dense::F32 } else { Dense::Bf16 },
