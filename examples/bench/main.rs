@@ -57,7 +57,7 @@ struct Args {
     #[arg(long, value_name = "FILE")]
     svg_cubes: Option<PathBuf>,
     /// Measure which tiles are the fastest, for these products, M,N,K[,TIER[,A[,B[,EXPERTS]]]] each (A and B: a format, or
-    /// f32, f16, bf16; rows are spread over the experts evenly); without any for those of the main cases.
+    /// f32, f16, bf16; each row draws an expert); without any for those of the main cases.
     #[arg(long, value_name = "PRODUCT", num_args = 0.., conflicts_with_all = ["compare", "quick", "json", "svg", "svg_cubes"])]
     tune: Option<Vec<cases::Case>>,
     /// Seconds for each product of --tune.

@@ -451,11 +451,16 @@ impl Work {
         let groups = match desc.experts {
             None => None,
             Some(experts) => {
-                // Equal parts, of whole blocks.
-                let total = if desc.group_k { desc.k } else { desc.m };
-                let part = total.div_ceil(experts).next_multiple_of(32);
-                let offsets: Vec<u32> =
-                    (0..=experts).map(|g| (g * part).min(total / 32 * 32) as u32).collect();
+                // Each row, or block of 32 positions, draws an expert: equal parts would fit tiles that others do not.
+                let (total, unit) = if desc.group_k { (desc.k / 32, 32) } else { (desc.m, 1) };
+                let mut offsets = vec![0; experts + 1];
+                for draw in random_bytes(0, total * 4).chunks_exact(4) {
+                    let draw = u32::from_le_bytes([draw[0], draw[1], draw[2], draw[3]]);
+                    offsets[1 + draw as usize % experts] += unit;
+                }
+                for g in 0..experts {
+                    offsets[g + 1] += offsets[g];
+                }
                 let ids: Vec<u32> = (0..experts as u32).collect();
                 Some(Groups::new(ctx, &offsets, &ids, experts)?)
             }
