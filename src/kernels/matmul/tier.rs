@@ -389,6 +389,7 @@ fn usual(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool) -> Shape {
         let (by, side) = tensor(Some(gpu), desc).unwrap_or((Fragments::Emulated, 16));
         let by = converting(gpu, desc, tier, by).filter(|_| gpu.ocp_conversion).unwrap_or(by);
         let tiles = tiles * desc.experts.unwrap_or(1);
+        let routed = desc.experts.is_some() && !desc.group_k;
         let (subgroups, fragments, slices) = match (by, rows) {
             (Fragments::Wgsl, _) if side == 8 => ([2, 2], [4, 4], 1),
             (Fragments::Wgsl, _) => ([2, 2], [2, 2], 1),
@@ -399,9 +400,12 @@ fn usual(gpu: &Gpu, desc: &MatmulDesc, tier: Tier, sliced: bool) -> Shape {
                 ([1, 1], [1, 2], slices.unwrap_or(8) as u32)
             }
             _ if square.is_some() || sliced => ([2, 2], [4, 4], 1),
+            // An expert's rows would leave half of a tile empty. Routed experts have unlike numbers of them: where 64 is the
+            // mean, some have a few more, and a second tile of 64 each.
+            _ if desc.group_k && rows <= 64 => ([2, 2], [2, 4], 1),
+            _ if routed && rows <= 40 => ([2, 2], [2, 4], 1),
+            _ if routed && rows <= 80 => ([2, 2], [3, 4], 1),
             // As many subgroups as keep a large device busy, from k where there are few tiles.
-            // An expert's rows would leave half of a tile empty.
-            _ if desc.experts.is_some() && rows <= 64 => ([2, 2], [2, 4], 1),
             _ if tiles >= WHOLE => ([2, 2], [4, 4], 1),
             _ if tiles >= 100 => ([2, 2], [4, 4], 2),
             _ if tiles >= 50 => ([2, 2], [2, 2], 1),
