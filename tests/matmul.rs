@@ -891,7 +891,8 @@ fn grouped(ctx: &Context, step: usize) -> Result<(), Failed> {
     let groups = (vec![3, 3, 20, 24, 24, 150, 151], vec![2, 0, 3, 1, 0, 3]);
     let cases = [
         (desc(MXFP4, MXFP4, [160, 33, 96]), false),
-        (desc(DType::F16, MXFP4, [160, 33, 96]), true),
+        // By so few rows on the mean the tensor tier takes tiles of 64, by a few more tiles of 96.
+        (desc(DType::F16, MXFP4, [170, 33, 96]), true),
         (
             desc(
                 MXFP4,
@@ -900,7 +901,7 @@ fn grouped(ctx: &Context, step: usize) -> Result<(), Failed> {
             ),
             false,
         ),
-        (MatmulDesc { out: DType::BF16.into(), ..desc(MXFP4, MXFP4, [160, 33, 64]) }, true),
+        (MatmulDesc { out: DType::BF16.into(), ..desc(MXFP4, MXFP4, [170, 33, 64]) }, true),
     ];
     for (i, (desc, bias)) in cases.into_iter().enumerate().step_by(if step > 1 { 2 } else { 1 }) {
         let desc = MatmulDesc { experts: Some(4), bias, ..desc };
