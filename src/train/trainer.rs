@@ -104,12 +104,17 @@ impl Trainer {
         Ok(trainer)
     }
 
+    /// Whether the step after `step` done ones has other products than the model now.
+    fn changes(&self, step: u64) -> bool {
+        self.desc.recipe.late_at(step, self.desc.steps) != self.late
+    }
+
     /// Makes the model's products those of the step after `step` done ones. Whether they are others than before.
     fn set_linears(&mut self, step: u64) -> Result<bool> {
-        let RunDesc { recipe, steps, .. } = &self.desc;
-        let late = recipe.late_at(step, *steps);
-        let changes = late != self.late;
+        let changes = self.changes(step);
         if changes {
+            let RunDesc { recipe, steps, .. } = &self.desc;
+            let late = recipe.late_at(step, *steps);
             self.model.set_linears(&recipe.late(late))?;
             self.late = late;
         }
@@ -162,7 +167,13 @@ impl Trainer {
         let grads: Vec<&Tensor> = self.model.params.iter().map(|p| &p.grad).collect();
         let clip = self.desc.recipe.optimizer.clip_norm;
         self.norm.record(stream, &grads, 1.0 / scale, clip, &mut self.status)?;
-        // Before the update, which packs nothing then for products that are dense from now on.
+        // Before the update, which packs nothing then for products that are dense from now on. What is recorded holds the operands
+        // that these no longer have: their memory is to be free before others are made.
+        #[cfg(not(target_arch = "wasm32"))]
+        if self.changes(self.step + 1) && stream.may_split() {
+            stream.submit_so_far()?;
+            self.ctx.wait_blocking()?;
+        }
         let changed = self.set_linears(self.step + 1)?;
         let o = &self.desc.recipe.optimizer;
         self.model.update(stream, &self.status, |p| StepScalars {
