@@ -247,6 +247,12 @@ pub(super) fn record(
     }
 }
 
+/// Whether a subgroup loads a tile of one fragment's rows for itself: eight at a time.
+fn loads_alone(shape: Shape, load: Load) -> bool {
+    let Shape::Tensor { subgroups, fragments, side, .. } = shape else { return false };
+    subgroups == [1, 1] && fragments[0] == 1 && side == 16 && load != Load::Columns
+}
+
 /// How many storage buffers a kernel may have.
 fn most_storage(gpu: &Gpu) -> usize {
     gpu.device.limits().max_storage_buffers_per_shader_stage as usize
@@ -451,6 +457,8 @@ struct Variant {
     load: [Load; 2],
     /// Whether lines of A and of B fill whole tiles.
     whole: [bool; 2],
+    /// Whether A has eight rows at most, in a subgroup's tile of sixteen: the others are not loaded.
+    few: bool,
     segments: u32,
     out: Out,
     bias: bool,
@@ -520,12 +528,14 @@ impl Variant {
         };
         let [bm, bn] = shape.outputs().map(|side| side as usize);
         let tensor = matches!(shape, Shape::Tensor { .. });
+        let load = [load(&desc.a, desc.m), load(&desc.b, desc.n)];
         Variant {
             tier,
             shape,
             a: desc.a,
             b: desc.b,
-            load: [load(&desc.a, desc.m), load(&desc.b, desc.n)],
+            load,
+            few: desc.m <= 8 && loads_alone(shape, load[0]),
             whole: [
                 tensor && (desc.experts.is_none() || desc.group_k) && desc.m.is_multiple_of(bm),
                 tensor && desc.n.is_multiple_of(bn),
@@ -571,7 +581,7 @@ impl Variant {
 
     /// Whether [`Variant::windowed`] is for it.
     fn is_for_bytes(&self) -> bool {
-        self.tier == Tier::Tensor && bytes::lack(self.a, self.b).is_none()
+        self.tier == Tier::Tensor && !self.few && bytes::lack(self.a, self.b).is_none()
     }
 
     /// Fragments of bytes: of which, positions that they contract, and whether they are emulated.
@@ -657,8 +667,9 @@ impl Variant {
             Out::Sums => "sums".into(),
         };
         format!(
-            "matmul.{}.{shape}.{}.{}.{out}{}{}{}",
+            "matmul.{}.{shape}{}.{}.{}.{out}{}{}{}",
             self.tier,
+            if self.few { "-few" } else { "" },
             operand(self.a, self.load[0], self.whole[0]),
             operand(self.b, self.load[1], self.whole[1]),
             if self.bias { ".bias" } else { "" },
@@ -824,7 +835,12 @@ impl Variant {
                 .flag("BYTES", bytes.is_some())
                 .constant("PER_UNIT", if bytes.is_some() { 16 } else { 8 })
                 .constant("STAGES", if bytes.is_some() { 2 } else { 4 })
-                .constant("A_UNITS", self.shape.outputs()[0] / (self.workgroup() / slices / 4))
+                .constant(
+                    "A_UNITS",
+                    self.shape.outputs()[0]
+                        / (self.workgroup() / slices / 4)
+                        / if self.few { 2 } else { 1 },
+                )
                 .constant("B_UNITS", self.shape.outputs()[1] / (self.workgroup() / slices / 4)),
         };
         let same = |a: Operand, b: Operand| match (a.values, b.values) {
@@ -1209,6 +1225,7 @@ pub fn kernels() -> Vec<Kernel> {
             b: b.into(),
             load: [a, b].map(reads),
             whole: [false; 2],
+            few: false,
             segments: match (
                 tier,
                 [a, b].iter().any(|v| matches!(v, Values::Mx(s) if s.block.len() < 32)),
@@ -1254,6 +1271,16 @@ pub fn kernels() -> Vec<Kernel> {
             let (ragged, words) = (Load::Ragged, Load::Words);
             for load in [[ragged; 2], [ragged, words], [words, ragged]] {
                 variants.push(Variant { load, ..plain(mxfp4, mxfp4) });
+            }
+        }
+        if tensor && [Fragments::Spirv, Fragments::Emulated].map(by).contains(&shape) {
+            // A tile of a subgroup alone, with half of its rows.
+            for a in values.iter().copied().filter(|v| takes(*v)) {
+                let plain = plain(a, mxfp4);
+                let Shape::Tensor { side, by, .. } = shape else { continue };
+                let shape =
+                    Shape::Tensor { subgroups: [1, 1], fragments: [1, 2], slices: 2, side, by };
+                variants.push(Variant { shape, few: true, ..plain });
             }
         }
         if tensor
