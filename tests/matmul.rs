@@ -1445,20 +1445,18 @@ fn auto(ctx: &Context, _: usize) -> Result<(), Failed> {
         Ok((kernel.tier(), kernel.why().to_string()))
     };
     for (a, b) in [(MXFP4, MXFP4), (MXFP8_E4M3, MXFP4)] {
-        for m in [1, 64] {
+        for m in [1, 2, 64] {
             let (tier, why) = choice(desc(a, b, [m, 64, 64]))?;
             let integers = a == MXFP4;
-            assert!(tier != Tier::Auto && !why.is_empty());
-            if ctx.wgpu().is_none() || m == 1 {
-                assert_eq!(tier, if integers { Tier::Exact } else { Tier::Alu }, "{why}");
-                assert!(integers || why.contains("A is mxfp8-e4m3"), "{why}");
-            }
-            let has = tiers(ctx, &desc(a, b, [m, 64, 64]));
-            if m > 1 && has.contains(&Tier::Tensor) {
-                assert_eq!(tier, Tier::Tensor, "{why}");
-            } else if m > 1 {
-                assert_ne!(tier, Tier::Tensor, "{why}");
-            }
+            let tensor = tiers(ctx, &desc(a, b, [m, 64, 64])).contains(&Tier::Tensor);
+            let want = match (integers, tensor) {
+                (true, true) if m == 1 => Tier::Exact,
+                (_, true) => Tier::Tensor,
+                (true, false) => Tier::Exact,
+                (false, false) => Tier::Alu,
+            };
+            assert_eq!(tier, want, "m = {m}: {why}");
+            assert!(tier != Tier::Alu || why.contains("A is mxfp8-e4m3"), "{why}");
         }
     }
     let named = MatmulDesc { tier: Tier::Alu, ..desc(MXFP4, MXFP4, [64, 64, 64]) };

@@ -263,6 +263,22 @@ fn run() -> Result<()> {
             "note: the text is seen more than once; losses on it are then lower than on new text"
         );
     }
+    // Neither has a run to save: what interrupts them ends them.
+    if let Some(path) = &args.tune {
+        if args.tune_loss.is_nan() || args.tune_loss < 1.0 {
+            return Err(format!("--tune-loss {}: at least 1", args.tune_loss).into());
+        }
+        let [recipe] = &recipes[..] else {
+            return Err("--tune takes one arm: --arms mxfp4, or another".into());
+        };
+        return tune(&ctx, &model, recipe, steps, &first, args.tune_loss, path);
+    }
+    if args.profile {
+        for recipe in &recipes {
+            profile(&ctx, &model, recipe, steps, &first)?;
+        }
+        return Ok(());
+    }
     let header = report::Header {
         title: format!("Training in {} recipes", recipes.len()),
         facts: facts.into_iter().map(|(name, value)| (name.into(), value)).collect(),
@@ -280,22 +296,6 @@ fn run() -> Result<()> {
         init: args.init.clone(),
         header,
     };
-
-    if let Some(path) = &args.tune {
-        if args.tune_loss.is_nan() || args.tune_loss < 1.0 {
-            return Err(format!("--tune-loss {}: at least 1", args.tune_loss).into());
-        }
-        let [recipe] = &recipes[..] else {
-            return Err("--tune takes one arm: --arms mxfp4, or another".into());
-        };
-        return tune(&setting.ctx, &model, recipe, steps, &first, args.tune_loss, path);
-    }
-    if args.profile {
-        for recipe in &recipes {
-            profile(&setting.ctx, &model, recipe, steps, &first)?;
-        }
-        return Ok(());
-    }
     let seeds = args.first_seed..args.first_seed.saturating_add(args.seeds);
     let directory = |name: &str, seed: u64| args.out.join(format!("{name}-{seed}"));
     // The step that each run goes on from.

@@ -160,13 +160,9 @@ pub(super) fn choose(ctx: &Context, desc: &MatmulDesc) -> Result<(Tier, String)>
         (None, Err(_), _) => {
             (Tier::Alu, format!("on the CPU engine; not the exact tier: {}", no(&exact)))
         }
-        (Some(_), Ok(()), _) if desc.m <= 2 => {
-            (Tier::Exact, format!("m = {} is bound by memory, and codes are integers", desc.m))
+        (Some(_), Ok(()), _) if desc.m == 1 => {
+            (Tier::Exact, "one row is bound by memory, and codes are integers".into())
         }
-        (Some(_), _, _) if desc.m <= 2 => (
-            Tier::Alu,
-            format!("m = {} is bound by memory; not the exact tier: {}", desc.m, no(&exact)),
-        ),
         (Some(gpu), _, Ok(())) if !gpu.emulate_tensor => {
             (Tier::Tensor, "the device has cooperative matrices f16 to f32".into())
         }
