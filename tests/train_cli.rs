@@ -5,6 +5,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Output, Stdio};
 use std::sync::OnceLock;
@@ -301,6 +302,22 @@ fn an_interrupt_saves() {
     assert!(stdout.contains("goes on") && dir.metrics().len() as u64 == steps + 1, "{stdout}");
     dir.ok(&["--resume"]);
     dir.ends_like_the_whole_run();
+}
+
+/// A profile has nothing to save: an interrupt ends it.
+#[cfg(unix)]
+#[test]
+fn an_interrupt_ends_a_profile() {
+    use std::os::unix::process::ExitStatusExt;
+    let dir = Dir::with_text();
+    let mut child = dir.spawn(&["--profile", "--model", "small", "--batch", "16"]);
+    let facts = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert!(facts.map_while(Result::ok).any(|line| line.starts_with("command")));
+    std::thread::sleep(Duration::from_millis(200));
+    let kill = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    assert!(kill.unwrap().success());
+    let status = child.wait().unwrap();
+    assert_eq!(status.signal(), Some(2), "{status}");
 }
 
 /// As in `train … | head`.

@@ -29,6 +29,7 @@ use microscaling::train::tune::{self, Tuner};
 use microscaling::{Context, DeviceChoice, Error, Options, report as report_time};
 
 use metrics::{Metrics, Record};
+use output::OutputFile;
 use progress::Progress;
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
@@ -407,6 +408,8 @@ fn tune(
     loss: f64,
     path: &Path,
 ) -> Result<()> {
+    // Before the work, so that a path that cannot be written is known at once.
+    let mut output = OutputFile::create(path, "train")?;
     let mut dense = Recipe::preset("bf16")?;
     dense.optimizer = recipe.optimizer.clone();
     let run = RunDesc { model: model.clone(), recipe: dense, seed: 0, steps, data: String::new() };
@@ -426,9 +429,9 @@ fn tune(
         recipe.name,
         tuner.table(loss)
     );
-    std::fs::write(path, tuner.recipe(loss)?.to_toml()?)
-        .map_err(|error| format!("{}: {error}", path.display()))?;
-    println!("\nrecipe: {}", path.display());
+    let toml = tuner.recipe(loss)?.to_toml()?;
+    output.write(|out| out.write_all(toml.as_bytes()))?;
+    println!("\n{}", output.finish()?);
     Ok(())
 }
 
