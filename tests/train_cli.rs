@@ -310,9 +310,10 @@ fn an_interrupt_saves() {
 fn an_interrupt_ends_a_profile() {
     use std::os::unix::process::ExitStatusExt;
     let dir = Dir::with_text();
-    let mut child = dir.spawn(&["--profile", "--model", "small", "--batch", "16"]);
-    let facts = BufReader::new(child.stdout.take().unwrap()).lines();
-    assert!(facts.map_while(Result::ok).any(|line| line.starts_with("command")));
+    let mut child = dir.spawn(&["--profile", "--model", "small", "--batch", "64"]);
+    // Kept open: the program goes on writing.
+    let mut facts = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert!(facts.by_ref().map_while(Result::ok).any(|line| line.starts_with("command")));
     std::thread::sleep(Duration::from_millis(200));
     let kill = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
     assert!(kill.unwrap().success());
