@@ -95,22 +95,31 @@ pub async fn time(
     }
 }
 
+/// Whether [`profile`] works on `ctx`: an error says what it needs.
+pub fn can_profile(ctx: &Context) -> Result<()> {
+    with_timestamps(ctx).map(|_| ())
+}
+
+fn with_timestamps(ctx: &Context) -> Result<&wgpu::Device> {
+    match ctx.wgpu() {
+        Some((device, _)) if device.features().contains(wgpu::Features::TIMESTAMP_QUERY) => {
+            Ok(device)
+        }
+        _ => Err(Error::Unsupported {
+            operation: "a profile".into(),
+            needs: "a GPU with timestamps".into(),
+            has: format!("{} has none", ctx.caps().name),
+        }),
+    }
+}
+
 /// Records what `record` does, submits it, waits, and returns each kernel's name, how often it ran, and its time, the longest
-/// first. On a GPU with timestamps; 2048 dispatches at most are timed.
+/// first. On a GPU with timestamps ([`can_profile`]); 2048 dispatches at most are timed.
 pub async fn profile(
     ctx: &Context,
     record: impl FnOnce(&mut Stream<'_>) -> Result<()>,
 ) -> Result<Vec<(String, u64, Duration)>> {
-    let device = match ctx.wgpu() {
-        Some((device, _)) if device.features().contains(wgpu::Features::TIMESTAMP_QUERY) => device,
-        _ => {
-            return Err(Error::Unsupported {
-                operation: "a profile".into(),
-                needs: "a GPU with timestamps".into(),
-                has: format!("{} has none", ctx.caps().name),
-            });
-        }
-    };
+    let device = with_timestamps(ctx)?;
     let count = wgpu::QUERY_SET_MAX_QUERIES;
     let mut stream = ctx.stream();
     stream.start_profile(device.create_query_set(&wgpu::QuerySetDescriptor {

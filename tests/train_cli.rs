@@ -304,21 +304,34 @@ fn an_interrupt_saves() {
     dir.ends_like_the_whole_run();
 }
 
-/// A profile has nothing to save: an interrupt ends it.
+/// What has no run to save does not wait for a step to end.
 #[cfg(unix)]
 #[test]
-fn an_interrupt_ends_a_profile() {
+fn a_signal_ends_a_tuning() {
     use std::os::unix::process::ExitStatusExt;
     let dir = Dir::with_text();
-    let mut child = dir.spawn(&["--profile", "--model", "small", "--batch", "64"]);
+    let mut child = dir.spawn(&["--tune", "mine.toml", "--arms", "mxfp4", "--steps", "1000000"]);
     // Kept open: the program goes on writing.
     let mut facts = BufReader::new(child.stdout.take().unwrap()).lines();
     assert!(facts.by_ref().map_while(Result::ok).any(|line| line.starts_with("command")));
     std::thread::sleep(Duration::from_millis(200));
-    let kill = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
-    assert!(kill.unwrap().success());
-    let status = child.wait().unwrap();
-    assert_eq!(status.signal(), Some(2), "{status}");
+    assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
+    // Not SIGINT, which a shell has its jobs in the background ignore.
+    let pid = child.id().to_string();
+    let kill = std::process::Command::new("kill").args(["-TERM", &pid]).status().unwrap();
+    assert!(kill.success());
+    let start = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if start.elapsed() > Duration::from_secs(30) {
+            child.kill().unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    assert_eq!(status.signal(), Some(15), "{status}");
+    assert!(!dir.path("mine.toml").exists());
 }
 
 /// As in `train … | head`.
@@ -375,6 +388,9 @@ fn wrong_arguments() {
     dir.fails(1, &["batch · seq is 66"], &["--seq", "33"]);
     dir.fails(1, &["No Such Device"], &["--device", "No Such Device"]);
     dir.fails(1, &["lr = -1"], &["--lr=-1"]);
+    dir.fails(1, &["a profile needs a GPU with timestamps"], &["--profile"]);
+    let nowhere = ["--tune", "no/such/folder/mine.toml", "--arms", "mxfp4"];
+    dir.fails(1, &["cannot write no/such/folder/mine.toml"], &nowhere);
     dir.fails(2, &["--steps"], &["--steps=-1"]);
     dir.fails(2, &["--max-seconds"], &["--max-seconds", "soon"]);
 

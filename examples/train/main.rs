@@ -275,6 +275,7 @@ fn run() -> Result<()> {
         return tune(&ctx, &model, recipe, steps, &first, args.tune_loss, path);
     }
     if args.profile {
+        report_time::can_profile(&ctx)?;
         for recipe in &recipes {
             profile(&ctx, &model, recipe, steps, &first)?;
         }
