@@ -61,7 +61,7 @@ struct Args {
     out: Values,
     /// How it is computed.
     #[arg(long, default_value = "auto", value_parser =
-        PossibleValuesParser::new(["auto", "exact", "tensor", "alu"]).try_map(|t| t.parse::<Tier>()))]
+        PossibleValuesParser::new(["auto", "exact", "tensor", "alu", "native"]).try_map(|t| t.parse::<Tier>()))]
     tier: Tier,
     /// auto, cpu, gpu, a part of an adapter's name, or #0, #1, ….
     #[arg(long, default_value = "auto")]

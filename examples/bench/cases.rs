@@ -193,13 +193,7 @@ pub fn all(scale: &Scale) -> Vec<Case> {
         let values = [Values::Mx(spec); 2];
         add(FORMATS, [4096; 3], values, if full { tiers } else { &tiers[..1] }, None);
         if full && spec != MXINT8 {
-            add(
-                FORMATS,
-                [1, 4096, 14336],
-                values,
-                &[*tiers.last().unwrap_or(&Tier::Alu), tiers[0]],
-                None,
-            );
+            add(FORMATS, [1, 4096, 14336], values, tiers, None);
             add(FORMATS, [512, 4096, 14336], values, &[tiers[0]], None);
         }
     }

@@ -105,7 +105,8 @@ struct Args {
     /// Train nothing: one table, and one report in --out, of these runs' metrics.jsonl
     #[arg(long, value_name = "FILE", num_args = 1..)]
     report: Vec<PathBuf>,
-    /// Say where the time of a step goes, kernel by kernel, after a few steps of the first arm, and leave
+    /// Say where the time of a step goes, kernel by kernel, after some steps of each arm, and leave; needs a GPU with
+    /// timestamps
     #[arg(long)]
     profile: bool,
     /// Choose the blocks of the arm, which is the only one: after some steps in bf16 (--steps, by default 40), the largest
@@ -277,7 +278,7 @@ fn run() -> Result<()> {
     if args.profile {
         report_time::can_profile(&ctx)?;
         for recipe in &recipes {
-            profile(&ctx, &model, recipe, steps, &first)?;
+            profile(&ctx, &model, recipe, &first)?;
         }
         return Ok(());
     }
@@ -409,8 +410,8 @@ fn tune(
     loss: f64,
     path: &Path,
 ) -> Result<()> {
-    // Before the work, so that a path that cannot be written is known at once.
-    let mut output = OutputFile::create(path, "train")?;
+    // Before the work, so that a path that cannot be written is known at once; not kept, since a signal would leave it.
+    drop(OutputFile::create(path, "train")?);
     let mut dense = Recipe::preset("bf16")?;
     dense.optimizer = recipe.optimizer.clone();
     let run = RunDesc { model: model.clone(), recipe: dense, seed: 0, steps, data: String::new() };
@@ -431,24 +432,20 @@ fn tune(
         tuner.table(loss)
     );
     let toml = tuner.recipe(loss)?.to_toml()?;
+    let mut output = OutputFile::create(path, "train")?;
     output.write(|out| out.write_all(toml.as_bytes()))?;
     println!("\n{}", output.finish()?);
     Ok(())
 }
 
 /// Prints where the time of a step goes.
-fn profile(
-    ctx: &Context,
-    model: &ModelDesc,
-    recipe: &Recipe,
-    steps: u64,
-    batches: &Batches,
-) -> Result<()> {
+fn profile(ctx: &Context, model: &ModelDesc, recipe: &Recipe, batches: &Batches) -> Result<()> {
     let run = RunDesc {
         model: model.clone(),
         recipe: recipe.clone(),
         seed: 0,
-        steps,
+        // Enough that what is measured lies before a dense end.
+        steps: 1000,
         data: String::new(),
     };
     let mut trainer = Trainer::new(ctx, &run)?;

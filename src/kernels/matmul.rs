@@ -364,7 +364,7 @@ impl Matmul {
         desc.validate()?;
         #[cfg(not(any(target_arch = "wasm32", target_vendor = "apple")))]
         if let crate::engine::Engine::Gpu(gpu) = ctx.engine() {
-            // Few rows are bound by memory: no matrix unit helps.
+            // Few rows take less time than handing them to a library.
             let named = desc.tier == Tier::Native;
             let auto = desc.tier == Tier::Auto && desc.m > tier::SKINNY;
             match (named || auto).then(|| native::choose(ctx, gpu, desc, named)) {

@@ -151,7 +151,7 @@ pub(super) fn choose(
         return Err(Some(lack));
     }
     if desc.m <= SKINNY {
-        return Err(Some(format!("m = {} is bound by memory", desc.m)));
+        return Err(Some(format!("m = {} is too few rows", desc.m)));
     }
     let [a_stack, b_stack, y_stack] = desc.stacks();
     let stacked = [(desc.a, a_stack), (desc.b, b_stack)];

@@ -134,7 +134,8 @@ pub(super) fn choose(ctx: &Context, desc: &MatmulDesc) -> Result<(Tier, String)>
         Engine::Gpu(gpu) => Some(&**gpu),
     };
     let exact = exact(desc);
-    let tensor = tensor(gpu, desc).map(|_| ());
+    let fragments = tensor(gpu, desc);
+    let tensor = fragments.clone().map(|_| ());
     match desc.tier {
         Tier::Alu => return Ok((Tier::Alu, "asked for".into())),
         Tier::Exact | Tier::Tensor => {
@@ -151,6 +152,13 @@ pub(super) fn choose(ctx: &Context, desc: &MatmulDesc) -> Result<(Tier, String)>
         // What computes what a native route does not hold exactly.
         Tier::Native | Tier::Auto => {}
     }
+    let tensor = match fragments {
+        // Those have no kernel for few rows.
+        Ok((Fragments::Wgsl, _)) if desc.m <= 2 => {
+            Err(["more than two rows".into(), format!("m is {}", desc.m)])
+        }
+        _ => tensor,
+    };
     let no = |lacks: &std::result::Result<(), [String; 2]>| match lacks {
         Ok(()) => String::new(),
         Err([needs, has]) => format!("it needs {needs}, but {has}"),
@@ -161,7 +169,7 @@ pub(super) fn choose(ctx: &Context, desc: &MatmulDesc) -> Result<(Tier, String)>
             (Tier::Alu, format!("on the CPU engine; not the exact tier: {}", no(&exact)))
         }
         (Some(_), Ok(()), _) if desc.m == 1 => {
-            (Tier::Exact, "one row is bound by memory, and codes are integers".into())
+            (Tier::Exact, "one row, and codes are integers".into())
         }
         (Some(gpu), _, Ok(())) if !gpu.emulate_tensor => {
             (Tier::Tensor, "the device has cooperative matrices f16 to f32".into())
