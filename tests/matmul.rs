@@ -1458,6 +1458,7 @@ fn auto(ctx: &Context, _: usize) -> Result<(), Failed> {
                 (false, false) => Tier::Alu,
             };
             assert_eq!(tier, want, "m = {m}: {why}");
+            assert!(!why.is_empty());
             assert!(tier != Tier::Alu || why.contains("A is mxfp8-e4m3"), "{why}");
         }
     }

@@ -134,31 +134,29 @@ pub(super) fn choose(ctx: &Context, desc: &MatmulDesc) -> Result<(Tier, String)>
         Engine::Gpu(gpu) => Some(&**gpu),
     };
     let exact = exact(desc);
-    let fragments = tensor(gpu, desc);
-    let tensor = fragments.clone().map(|_| ());
+    let tensor = tensor(gpu, desc);
     match desc.tier {
         Tier::Alu => return Ok((Tier::Alu, "asked for".into())),
         Tier::Exact | Tier::Tensor => {
-            let lacks = if desc.tier == Tier::Exact { &exact } else { &tensor };
+            let lacks = if desc.tier == Tier::Exact { exact.err() } else { tensor.err() };
             return match lacks {
-                Ok(()) => Ok((desc.tier, "asked for".into())),
-                Err([needs, has]) => Err(Error::Unsupported {
-                    operation: format!("the {} tier", desc.tier),
-                    needs: needs.clone(),
-                    has: has.clone(),
-                }),
+                None => Ok((desc.tier, "asked for".into())),
+                Some([needs, has]) => {
+                    let operation = format!("the {} tier", desc.tier);
+                    Err(Error::Unsupported { operation, needs, has })
+                }
             };
         }
         // What computes what a native route does not hold exactly.
         Tier::Native | Tier::Auto => {}
     }
-    let tensor = match fragments {
+    let tensor = tensor.and_then(|(by, _)| match by {
         // Those have no kernel for few rows.
-        Ok((Fragments::Wgsl, _)) if desc.m <= 2 => {
+        Fragments::Wgsl if desc.m <= 2 => {
             Err(["more than two rows".into(), format!("m is {}", desc.m)])
         }
-        _ => tensor,
-    };
+        _ => Ok(()),
+    });
     let no = |lacks: &std::result::Result<(), [String; 2]>| match lacks {
         Ok(()) => String::new(),
         Err([needs, has]) => format!("it needs {needs}, but {has}"),
